@@ -1,0 +1,6 @@
+"""Concrete priors: a diffusers model, an exact Gaussian mixture, and shipped weights."""
+
+from priors.diffusers_prior import DiffusersPrior
+from priors.digits_data import DigitsData, digits
+
+__all__ = ["DiffusersPrior", "DigitsData", "digits"]

@@ -1,0 +1,104 @@
+"""A diffusers model as the prior: a network of the UNet2DModel or UNet1DModel kind, and its scheduler's config."""
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import UNet1DModel, UNet2DModel
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from rtb_inverse.chains import Prior, measure_denoiser_error
+from rtb_inverse.checks import check_tensor
+from rtb_inverse.checkpoints import ERROR_FILE, load_model, resolve_folder
+from rtb_inverse.schedules import Schedule, expand, schedule_from_config
+
+MODELS = {"UNet2DModel": UNet2DModel, "UNet1DModel": UNet1DModel}
+
+
+class DiffusersPrior(Prior):
+    """p(x) by a pretrained diffusion network; frozen and in eval mode for ever.
+
+    Args:
+        network: `UNet2DModel` or `UNet1DModel`; called as network(x_t, t).sample.
+        schedule: a `Schedule`, or a diffusers scheduler (its config is read).
+        steps: K, the number of denoising steps of the chain.
+        error_times, error: r_t^2 = E (x_0 - x0hat(x_t))^2 at these times, (J,) increasing and (J, *shape). Without them the
+            steps take the variance "small"; `measure_error` finds them.
+        eta, variance, min_std: see `rtb_inverse.chains.Prior`.
+    """
+
+    def __init__(
+        self, network: nn.Module, schedule, steps: int = 20, *, error_times: Tensor | None = None, error: Tensor | None = None,
+        eta: float = 1.0, variance: str = "analytic", min_std: float = 0.01,
+    ):  # fmt: skip
+        size, channels = network.config.sample_size, network.config.in_channels
+        if size is None:
+            raise ValueError("network.config.sample_size must be set, got None: the prior needs the shape of x")
+        size = tuple(size) if isinstance(size, (tuple, list)) else (size,) * (1 if isinstance(network, UNet1DModel) else 2)
+        schedule = schedule if isinstance(schedule, Schedule) else schedule_from_config(schedule.config)
+        super().__init__((channels, *size), schedule, steps, eta, variance, min_std)
+        self.network = network.requires_grad_(False).eval()
+        self._set_error(error_times, error)
+
+    def _set_error(self, times: Tensor | None, error: Tensor | None) -> None:
+        self.register_buffer("error_times", None if times is None else times.double(), persistent=False)
+        self.register_buffer("error", None if error is None else error.double(), persistent=False)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder_or_hub_id: str, steps: int | None = None, eta: float = 1.0, variance: str = "analytic", min_std: float = 0.01
+    ) -> "DiffusersPrior":
+        """Load a pipeline folder (model_index.json with a `unet` and a `scheduler` folder), or a folder that holds one model's
+        config.json beside a scheduler_config.json.
+
+        Args:
+            folder_or_hub_id: a local folder, or the id of a hub repository, which is downloaded.
+            steps: K; by default what the folder recommends (prior_config.json), else 20.
+
+        Raises:
+            FileNotFoundError: a missing folder or file. ValueError: truncated weights, pickled weights, an unknown model or scheduler.
+        """
+        folder = resolve_folder(folder_or_hub_id)
+        network_folder = folder / "unet" if (folder / "unet").is_dir() else folder
+        scheduler_folder = folder / "scheduler" if (folder / "scheduler").is_dir() else folder
+        config_file = scheduler_folder / "scheduler_config.json"
+        if not config_file.is_file():
+            raise FileNotFoundError(f"folder_or_hub_id: {folder} has no scheduler_config.json, expected one beside the model or in scheduler/")
+        schedule = schedule_from_config(json.loads(config_file.read_text()))
+        network = load_model(network_folder, MODELS)
+        tables = load_file(folder / ERROR_FILE) if (folder / ERROR_FILE).is_file() else {}
+        recommended = folder / "prior_config.json"
+        if steps is None:
+            steps = json.loads(recommended.read_text())["steps"] if recommended.is_file() else 20
+        return cls(
+            network, schedule, steps, error_times=tables.get("times"), error=tables.get("error"), eta=eta, variance=variance, min_std=min_std
+        )
+
+    def train(self, mode: bool = True) -> "DiffusersPrior":
+        return super().train(False)
+
+    def denoise(self, x_t, t):
+        return self.schedule.to_x_0(self.predict(self.network, x_t, t), x_t, t)
+
+    def predict(self, network: nn.Module, x_t: Tensor, t: Tensor) -> Tensor:
+        """Call a diffusers network on states (*batch, C, *size); returns its output in the same batch shape."""
+        batch = x_t.shape[: -len(self.shape)]
+        time = self.schedule.network_time(t).to(x_t.device, x_t.dtype).expand(batch).flatten()
+        output = network(x_t.reshape(-1, *x_t.shape[len(batch) :]), time).sample
+        return output.reshape(*batch, *output.shape[1:])
+
+    def denoiser_error(self, t):
+        if self.error is None:
+            return None
+        knots, values = self.error_times.to(t.device), self.error.to(t.device)
+        position = t.double().clamp(float(knots[0]), float(knots[-1]))
+        high = torch.searchsorted(knots, position).clamp(1, len(knots) - 1)
+        weight = (position - knots[high - 1]) / (knots[high] - knots[high - 1])
+        return torch.lerp(values[high - 1], values[high], expand(weight, values.new_empty(weight.shape + self.shape)))
+
+    def measure_error(self, x: Tensor, knots: int = 64, generator: torch.Generator | None = None) -> "DiffusersPrior":
+        """Measure r_t^2 on clean examples x (M, *shape), held out from training or drawn from the prior, at `knots` times. Returns itself."""
+        check_tensor("x", x, self.shape)
+        self._set_error(*measure_denoiser_error(self.schedule, self.denoise, x, knots, generator))
+        return self

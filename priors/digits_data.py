@@ -1,0 +1,37 @@
+"""The 1,797 real 8x8 handwritten digits that scikit-learn ships (UCI optical recognition of handwritten digits, test part)."""
+
+import torch
+from lightning.pytorch import LightningDataModule
+from sklearn.datasets import load_digits
+from torch import Tensor
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
+
+HELD_OUT = 300  # the last ones: other writers than most of the rest
+
+
+def digits(held_out: bool = False) -> tuple[Tensor, Tensor]:
+    """Images in [-1, 1], (M, 1, 8, 8) float32, and labels (M,): the first 1,497, or the last 300, which no shipped prior has seen."""
+    data = load_digits()
+    part = slice(-HELD_OUT, None) if held_out else slice(None, -HELD_OUT)
+    return torch.from_numpy(data.images[part] / 8 - 1).float()[:, None], torch.from_numpy(data.target[part])
+
+
+class DigitsData(LightningDataModule):
+    """Digits for training a prior; validation on the held-out ones.
+
+    Args:
+        batch_size: images per step.
+        steps_per_epoch: an epoch is this many batches drawn with replacement.
+    """
+
+    def __init__(self, batch_size: int = 128, steps_per_epoch: int = 500):
+        super().__init__()
+        self.batch_size, self.steps_per_epoch = batch_size, steps_per_epoch
+
+    def train_dataloader(self):
+        data = TensorDataset(digits()[0])
+        sampler = RandomSampler(data, replacement=True, num_samples=self.steps_per_epoch * self.batch_size)
+        return DataLoader(data, self.batch_size, sampler=sampler)
+
+    def val_dataloader(self):
+        return DataLoader(TensorDataset(digits(held_out=True)[0]), HELD_OUT)

@@ -1,0 +1,297 @@
+r"""Reverse chains and their paths.
+
+A chain draws x_T, then x_s from x_t down a time grid t_K > ... > t_0, to x_0: p(tau) = p(x_T) prod_k p(x_{t_{k-1}} | x_{t_k}).
+A transition is a distribution, used both to draw (`rollout`) and to score (`path_log_prob`). The forward process climbs back up
+by its true Markov increments (`renoise`): x_t = a x_s + b n.
+
+Tensors are (N, B, *shape): N draws for each of B observations. Nothing here looks at `shape`.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.distributions import Distribution
+from tqdm.auto import tqdm
+
+from rtb_inverse.checks import check_choice, check_count, check_positive
+from rtb_inverse.distributions import GaussianStep, draw
+from rtb_inverse.schedules import Schedule, expand
+
+VARIANCES = ("analytic", "small", "large")
+
+
+class Chain(nn.Module):
+    """A reverse chain on a time grid. Subclasses give `transition`, and `initial` where it is not N(0, sigma_T^2 I).
+
+    Attributes:
+        shape: shape of one x.
+        schedule: alpha_t and sigma_t.
+        times: the grid, (K + 1,), float64, decreasing to the clean end.
+    """
+
+    def __init__(self, shape, schedule: Schedule, steps: int):
+        super().__init__()
+        self.shape = torch.Size(shape)
+        self.schedule = schedule
+        self.set_steps(steps)
+
+    def set_steps(self, steps: int) -> "Chain":
+        """Lay the chain on a grid of `steps` steps; returns itself."""
+        self.times = self.schedule.times(check_count("steps", steps))
+        return self
+
+    @property
+    def steps(self) -> int:
+        return len(self.times) - 1
+
+    def _options(self) -> dict:
+        """Device and dtype of the states: those of the chain's parameters or buffers."""
+        for tensor in (*self.parameters(), *self.buffers()):
+            if tensor.is_floating_point():
+                return {"device": tensor.device, "dtype": tensor.dtype}
+        return {"device": torch.device("cpu"), "dtype": torch.get_default_dtype()}
+
+    def initial(self, sample_shape) -> Distribution:
+        """p(x_T) with batch shape `sample_shape`: N(0, sigma_T^2 I), sigma_T that of the grid's first time."""
+        options = self._options()
+        sigma = self.schedule.alpha_sigma(self.times[0])[1].to(**options)
+        return GaussianStep(torch.zeros((*sample_shape, *self.shape), **options), sigma, len(self.shape))
+
+    def transition(self, x_t: Tensor, t: Tensor, s: Tensor, y: Tensor | None = None) -> Distribution:
+        """p(x_s | x_t, y).
+
+        Args:
+            x_t: state, (*batch, *shape).
+            t, s: times, s < t, float64, broadcastable to the batch.
+            y: observation, (B, *y_shape) with B the last axis of the batch; None for chains that see none.
+
+        Returns:
+            A distribution with the batch shape of x_t and event shape `shape`.
+        """
+        raise NotImplementedError
+
+
+class Prior(Chain):
+    """A chain that stands for p(x). Subclasses give `denoise`; the transition is then the Gaussian step of the schedule.
+
+    Args:
+        eta: stochasticity in (0, 1]: 1 is ancestral sampling, towards 0 the steps become deterministic and lose their density.
+        variance: of a step. "analytic": sd^2 + c_0^2 r_t^2, the step's own variance plus what the denoiser's error r_t^2 adds
+            (Bao et al. 2022, arXiv 2201.06503), finite at the last step; "small": sd^2 (DDPM's fixed_small); "large": that of the
+            forward increment (fixed_large).
+        min_std: floor of the standard deviation of every step; it makes the last "small" step a distribution.
+
+    A plain `decode` (the identity) means that data and chain share a space; `data_shape` is the shape of decode(x_0).
+    """
+
+    def __init__(self, shape, schedule, steps, eta: float = 1.0, variance: str = "analytic", min_std: float = 0.01):
+        super().__init__(shape, schedule, steps)
+        self.eta = check_positive("eta", eta)
+        if self.eta > 1:
+            raise ValueError(f"eta must be in (0, 1], got {eta!r}")
+        self.variance = check_choice("variance", variance, VARIANCES)
+        self.min_std = check_positive("min_std", min_std)
+
+    def denoise(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """The estimate of x_0, E[x_0 | x_t]; x_t (*batch, *shape), t broadcastable to the batch."""
+        raise NotImplementedError
+
+    def denoiser_error(self, t: Tensor) -> Tensor | None:
+        """r_t^2 = E (x_0 - denoise(x_t, t))^2, of shape (*t.shape, *shape), float64; None where it is not known."""
+        return None
+
+    def transition(self, x_t, t, s, y=None):
+        return self.gaussian_step(x_t, self.denoise(x_t, t), t, s)
+
+    def gaussian_step(self, x_t: Tensor, x_0: Tensor, t: Tensor, s: Tensor, log_scale: Tensor | float = 0.0, update=None) -> GaussianStep:
+        """The step from x_t given an estimate of x_0, its standard deviations multiplied by exp(log_scale).
+
+        `update` (a `guidance.Update`) says how an observation shrank the uncertainty of the estimate.
+        """
+        c_0, c_t, sd = self.schedule.reverse_step(t, s, self.eta)
+        mean = expand(c_0, x_t) * x_0 + expand(c_t, x_t) * x_t
+        error = self.denoiser_error(t) if self.variance == "analytic" else None
+        floor = sd.new_tensor(self.min_std**2)
+        if error is None:
+            own = self.schedule.forward_step(s, t)[1] if self.variance == "large" else sd
+            scale = expand((own**2).maximum(floor).sqrt(), x_t)
+            return GaussianStep(mean, scale * _exp(log_scale), len(self.shape))
+        sd2, gain2 = (c.reshape(c.shape + (1,) * len(self.shape)) for c in (sd**2, c_0**2))
+        if update is None or update.shrink is None:
+            scale = (sd2 + gain2 * error).maximum(floor).sqrt()
+            return GaussianStep(mean, scale.to(x_t.dtype) * _exp(log_scale), len(self.shape))
+        if update.basis is None:
+            scale = (sd2 + gain2 * error * update.shrink).maximum(floor).sqrt()
+            return GaussianStep(mean, scale.to(x_t.dtype) * _exp(log_scale), len(self.shape))
+        level = error.flatten(error.ndim - len(self.shape)).mean(-1)  # a rotated covariance needs one error for all elements
+        across = (sd**2 + c_0**2 * level).maximum(floor).sqrt()
+        along = (sd[..., None] ** 2 + (c_0**2 * level)[..., None] * update.shrink).maximum(floor).sqrt()
+        ratio = (along / across[..., None]).to(x_t.dtype)
+        return GaussianStep(mean, expand(across, x_t) * _exp(log_scale), len(self.shape), update.basis, ratio)
+
+    def decode(self, x_0: Tensor) -> Tensor:
+        """From chain space to data space: the identity, a VAE's decoder, or any x = f(z); (*batch, *shape) to (*batch, *data_shape)."""
+        return x_0
+
+    @property
+    def decodes(self) -> bool:
+        """Whether `decode` is more than the identity."""
+        return type(self).decode is not Prior.decode
+
+    @property
+    def data_shape(self) -> torch.Size:
+        if not self.decodes:
+            return self.shape
+        with torch.no_grad():
+            return self.decode(torch.zeros((1, *self.shape), **self._options())).shape[1:]
+
+    @torch.no_grad()
+    def sample(self, n: int, generator: Generator | None = None, progress: bool = False) -> Tensor:
+        """n draws x_0 in chain space, (n, *shape)."""
+        return rollout(self, n, generator=generator, progress=progress).x_0[:, 0]
+
+
+def _exp(log_scale: Tensor | float) -> Tensor | float:
+    return log_scale.exp() if isinstance(log_scale, Tensor) else 1.0
+
+
+@torch.no_grad()
+def measure_denoiser_error(schedule: Schedule, denoise: Callable, x_0: Tensor, knots: int = 64, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
+    """r_t^2 = E (x_0 - denoise(x_t, t))^2, element by element, over clean examples x_0 (M, *shape).
+
+    Returns:
+        Increasing times (J,) and errors (J, *shape), float64.
+    """
+    times = schedule.times(knots)[:-1].flip(0)
+    errors = []
+    for t in times:
+        noise = torch.randn(x_0.shape, generator=generator, device=x_0.device, dtype=x_0.dtype)
+        x_t = schedule.add_noise(x_0, noise, t)
+        errors.append((denoise(x_t, t) - x_0).double().square().mean(0))
+    return times.to(x_0.device), torch.stack(errors)
+
+
+@dataclass
+class Trajectory:
+    """Paths of a chain.
+
+    Attributes:
+        x: states, (K + 1, N, B, *shape), x[0] = x_T, x[K] = x_0.
+        times: (K + 1,), decreasing.
+        y: observations, (B, *y_shape), or None.
+        log_prob: (N, B), log density of each path under the chain that `rollout` used; None where no chain drew the whole path.
+    """
+
+    x: Tensor
+    times: Tensor
+    y: Tensor | None = None
+    log_prob: Tensor | None = None
+
+    @property
+    def x_0(self) -> Tensor:
+        return self.x[-1]
+
+    @property
+    def steps(self) -> int:
+        return len(self.times) - 1
+
+    @staticmethod
+    def cat(parts: "list[Trajectory]") -> "Trajectory":
+        """Join paths of the same observations along N."""
+        if len(parts) == 1:
+            return parts[0]
+        known = [part.log_prob for part in parts if part.log_prob is not None]
+        log_prob = torch.cat(known) if len(known) == len(parts) else None
+        return Trajectory(torch.cat([part.x for part in parts], 1), parts[0].times, parts[0].y, log_prob)
+
+
+@torch.no_grad()
+def rollout(
+    chain: Chain, n: int, y: Tensor | None = None, generator: Generator | None = None, *, start: Tensor | None = None, level: int | None = None,
+    extra_noise: float = 0.0, progress: bool = False,
+) -> Trajectory:  # fmt: skip
+    """Draw n paths for each observation.
+
+    Args:
+        chain: the chain.
+        n: draws per observation, N.
+        y: observations (B, *y_shape); None for a chain that sees none (then B = 1).
+        generator: source of all randomness.
+        start: states (N, B, *shape) at level `level` (time t_level) to start from, in place of x_T.
+        level: index of the level of `start`, 1 .. K; K is x_T.
+        extra_noise: each step adds independent noise of `extra_noise` times its standard deviation (exploration).
+        progress: show a progress bar.
+    """
+    n, b = check_count("n", n), 1 if y is None else len(y)
+    times = chain.times if level is None else chain.times[chain.steps - check_count("level", level) :]
+    initial = chain.initial((n, b))
+    x = draw(initial, generator) if start is None else start
+    states, log_prob = [x], initial.log_prob(x)
+    for t, s in tqdm(zip(times[:-1], times[1:]), "denoising", total=len(times) - 1, disable=not progress, leave=False):
+        step = chain.transition(x, t, s, y)
+        x = draw(step, generator)
+        if extra_noise > 0:
+            noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+            x = x + extra_noise * step.stddev * noise
+        log_prob = log_prob + step.log_prob(x)
+        states.append(x)
+    return Trajectory(torch.stack(states), times, y, log_prob if start is None else None)
+
+
+@torch.no_grad()
+def renoise(chain: Chain, x: Tensor, generator: Generator | None = None, *, from_level: int = 0, to_level: int | None = None) -> Tensor:
+    """Climb from x at level `from_level` of the chain's grid to level `to_level` (default K) by the forward process's Markov increments.
+
+    Args:
+        x: (*batch, *shape).
+
+    Returns:
+        States from the noisiest to x itself: (to_level - from_level + 1, *batch, *shape).
+    """
+    to_level = chain.steps if to_level is None else to_level
+    levels = chain.times.flip(0)[from_level : to_level + 1]
+    states = [x]
+    for s, t in zip(levels[:-1], levels[1:]):
+        a, b = chain.schedule.forward_step(s, t)
+        noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        states.append(a.to(x.dtype) * states[-1] + b.to(x.dtype) * noise)
+    return torch.stack(states[::-1])
+
+
+def chunks(trajectory: Trajectory, chunk_size: int | None, steps: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Split the transitions of a trajectory into batches of at most `chunk_size` states (at least one per observation).
+
+    Args:
+        steps: indices of the transitions to visit, in 0 .. K - 1; all by default.
+
+    Yields:
+        (k, n), each (R,): transition k of draw n, for all observations at once.
+    """
+    n, b = trajectory.x.shape[1:3]
+    steps = torch.arange(trajectory.steps) if steps is None else steps.cpu()
+    rows = torch.cartesian_prod(steps, torch.arange(n)).to(trajectory.x.device)
+    size = len(rows) if chunk_size is None else max(1, check_count("chunk_size", chunk_size) // b)
+    for part in rows.split(size):
+        yield part[:, 0], part[:, 1]
+
+
+def step_log_prob(chain: Chain, trajectory: Trajectory, k: Tensor, n: Tensor) -> Tensor:
+    """log p(x_s | x_t, y) of transitions k of draws n, one batched call: (R, B)."""
+    times = trajectory.times.to(k.device)
+    step = chain.transition(trajectory.x[k, n], times[k, None], times[k + 1, None], trajectory.y)
+    return step.log_prob(trajectory.x[k + 1, n])
+
+
+def initial_log_prob(chain: Chain, trajectory: Trajectory) -> Tensor:
+    """log p(x_T), (N, B)."""
+    return chain.initial(trajectory.x.shape[1:3]).log_prob(trajectory.x[0])
+
+
+def path_log_prob(chain: Chain, trajectory: Trajectory, chunk_size: int | None = None) -> Tensor:
+    """log p(tau | y) of whole paths, (N, B), all steps in batched calls of at most `chunk_size` states."""
+    total = initial_log_prob(chain, trajectory)
+    for k, n in chunks(trajectory, chunk_size):
+        total = total.index_add(0, n, step_log_prob(chain, trajectory, k, n))
+    return total

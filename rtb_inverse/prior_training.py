@@ -1,0 +1,109 @@
+"""Train a diffusion prior by denoising score matching, and write it as a diffusers folder."""
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import SchedulerMixin
+from lightning.pytorch import LightningModule
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from rtb_inverse.averaging import ExponentialMovingAverage
+from rtb_inverse.chains import measure_denoiser_error
+from rtb_inverse.checkpoints import ERROR_FILE
+from rtb_inverse.checks import check_count, check_positive, check_tensor, check_writable
+from rtb_inverse.schedules import schedule_from_config
+
+
+class PriorTraining(LightningModule):
+    r"""Denoising score matching: minimise w(t) |target - network(x_t, t)|^2 over uniform t and noise.
+
+    Args:
+        network: a diffusers `UNet2DModel` or `UNet1DModel`.
+        scheduler: a diffusers scheduler; its config says what x_t and the target are.
+        output: folder for the finished prior; must be writable, which is tried before any work.
+        steps: number of sampling steps that the prior recommends.
+        lr: peak learning rate; linear warm-up over `warmup` steps, then a cosine to zero at the end of training.
+        ema_decay: decay of the averaged weights, which are the ones written.
+        min_snr: weights are clipped as in Min-SNR (Hang et al. 2023, arXiv 2303.09556) at this signal-to-noise ratio, where given.
+    """
+
+    def __init__(
+        self, network: nn.Module, scheduler: SchedulerMixin, output: str, steps: int = 20, lr: float = 1e-3, warmup: int = 200,
+        ema_decay: float = 0.999, weight_decay: float = 0.0, min_snr: float | None = None,
+    ):  # fmt: skip
+        super().__init__()
+        self.network, self.scheduler = network, scheduler
+        self.schedule = schedule_from_config(scheduler.config)
+        self.output, self.steps = check_writable("output", output), check_count("steps", steps)
+        self.lr, self.warmup, self.weight_decay = check_positive("lr", lr), warmup, weight_decay
+        self.min_snr = min_snr
+        self.ema = ExponentialMovingAverage(network.parameters(), ema_decay)
+
+    def loss(self, x_0: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Mean weighted squared error on clean x_0, (M, *shape)."""
+        grid = self.schedule.times(1000).to(x_0.device)[:-1]
+        t = grid[torch.randint(len(grid), x_0.shape[:1], generator=generator, device=x_0.device)]
+        noise = torch.randn(x_0.shape, generator=generator, device=x_0.device, dtype=x_0.dtype)
+        x_t = self.schedule.add_noise(x_0, noise, t)
+        output = self.network(x_t, self.schedule.network_time(t).to(x_0.dtype)).sample
+        error = (output - self.schedule.target(x_0, noise, t)).square().flatten(1).mean(1)
+        if self.min_snr is None:
+            return error.mean()
+        alpha, sigma = self.schedule.alpha_sigma(t)
+        snr = (alpha / sigma) ** 2
+        return (error * (snr.clamp_max(self.min_snr) / (snr + 1)).to(error.dtype)).mean()
+
+    def training_step(self, batch, index):
+        loss = self.loss(check_tensor("x", batch[0] if isinstance(batch, (list, tuple)) else batch))
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+    def on_train_batch_end(self, outputs, batch, index):
+        self.ema.update()
+
+    def on_validation_epoch_start(self):
+        self.ema.swap()
+
+    def validation_step(self, batch, index):
+        generator = torch.Generator(self.device).manual_seed(index)
+        x = batch[0] if isinstance(batch, (list, tuple)) else batch
+        losses = torch.stack([self.loss(x, generator) for _ in range(16)])
+        self.log("val_loss", losses.mean(), prog_bar=True, batch_size=len(x))
+
+    def on_validation_epoch_end(self):
+        self.ema.swap()
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.AdamW(self.network.parameters(), lr=self.lr, weight_decay=self.weight_decay)
+        total = int(self.trainer.estimated_stepping_batches)
+        warm = torch.optim.lr_scheduler.LinearLR(optimizer, 1e-3, total_iters=self.warmup)
+        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, total - self.warmup))
+        schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [warm, cosine], [self.warmup])
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_end(self):
+        if self.trainer.is_global_zero:
+            self.ema.swap()
+            self.save(self.output)
+            self.ema.swap()
+
+    @torch.no_grad()
+    def save(self, folder: Path) -> None:
+        """Write network, scheduler, recommended steps and the denoiser's error on held-out data, as `DiffusersPrior.from_pretrained` reads them."""
+        self.network.save_pretrained(folder / "unet")
+        self.scheduler.save_pretrained(folder / "scheduler")
+        (folder / "prior_config.json").write_text(json.dumps({"steps": self.steps}) + "\n")
+        times, error = measure_denoiser_error(self.schedule, self.denoise, self.held_out(), generator=torch.Generator(self.device).manual_seed(0))
+        save_file({"times": times.contiguous(), "error": error.contiguous()}, folder / ERROR_FILE)
+
+    def denoise(self, x_t: Tensor, t: Tensor) -> Tensor:
+        time = self.schedule.network_time(t).to(x_t.device, x_t.dtype).expand(len(x_t))
+        return self.schedule.to_x_0(self.network(x_t, time).sample, x_t, t)
+
+    def held_out(self) -> Tensor:
+        """Clean examples of the first validation batch, repeated to at least 2,048 (each gets its own noise)."""
+        batch = next(iter(self.trainer.datamodule.val_dataloader()))
+        x = (batch[0] if isinstance(batch, (list, tuple)) else batch).to(self.device)
+        return x.repeat(-(-2048 // len(x)), *(1,) * (x.ndim - 1))
