@@ -2,5 +2,6 @@
 
 from priors.diffusers_prior import DiffusersPrior
 from priors.digits_data import DigitsData, digits
+from priors.mixture import GaussianMixture, GaussianMixturePrior
 
-__all__ = ["DiffusersPrior", "DigitsData", "digits"]
+__all__ = ["DiffusersPrior", "DigitsData", "GaussianMixture", "GaussianMixturePrior", "digits"]

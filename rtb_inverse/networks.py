@@ -1,0 +1,168 @@
+r"""Networks of the posterior: a conditional copy of the prior's, or a small residual perceptron beside a prior that has none.
+
+Both are called as network(x_t, t, y, move) -> (x0hat, log_scale): the estimate of x_0 and the log-scale of the step's standard
+deviations, (*batch, *shape) each. `condition` is what `InverseProblem.condition` makes of y; `move` is the data residual as seen from
+a network-free estimate of x_0: where the observation would move it. Everything added to the prior starts at zero.
+"""
+
+import copy
+import math
+
+import torch
+from diffusers import UNet1DModel, UNet2DModel
+from torch import Tensor, nn
+
+from rtb_inverse.chains import Prior
+from rtb_inverse.schedules import expand
+
+
+def zero(module: nn.Module) -> nn.Module:
+    """Set all parameters of a module to zero; returns it."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+class WiderInput(nn.Module):
+    """A convolution that reads `extra` more channels, inserted behind the first `channels`; it starts deaf to them, bit for bit."""
+
+    def __init__(self, conv: nn.Module, channels: int, extra: int):
+        super().__init__()
+        self.conv, self.channels, self.extra = conv, channels, extra
+        self.added = zero(type(conv)(extra, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, bias=False))
+
+    def forward(self, x):
+        first, extra, rest = x.tensor_split((self.channels, self.channels + self.extra), dim=1)
+        return self.conv(torch.cat([first, rest], 1) if rest.shape[1] else first) + self.added(extra)
+
+
+class WiderOutput(nn.Module):
+    """A convolution that gives `extra` more channels, behind its own; they start at zero."""
+
+    def __init__(self, conv: nn.Module, extra: int):
+        super().__init__()
+        self.conv = conv
+        self.added = zero(type(conv)(conv.in_channels, extra, conv.kernel_size, conv.stride, conv.padding))
+
+    def forward(self, x):
+        return torch.cat([self.conv(x), self.added(x)], 1)
+
+
+class ConditionalUNet(nn.Module):
+    """A trainable copy of a diffusers UNet that also reads condition and move, and also says a log-scale (UNet2DModel).
+
+    Args:
+        prior: a prior with `network` and `predict`.
+        condition_channels: C of `condition`.
+        lora_rank: where given, only low-rank adapters of attention and convolution weights (peft) and the added inputs are trained.
+    """
+
+    def __init__(self, prior: Prior, condition_channels: int, lora_rank: int | None = None):
+        super().__init__()
+        self.channels = prior.shape[0]
+        self.extra = condition_channels + self.channels
+        network = copy.deepcopy(prior.network).requires_grad_(lora_rank is None)
+        if lora_rank is not None:
+            network = add_lora(network, lora_rank)
+        self.two_dimensional = isinstance(network, UNet2DModel)
+        if self.two_dimensional:
+            network.conv_in = WiderInput(network.conv_in, self.channels, self.extra)
+            network.conv_out = WiderOutput(network.conv_out, self.channels)
+        elif isinstance(network, UNet1DModel):
+            first = network.down_blocks[0].resnets[0]
+            first.conv_1 = WiderInput(first.conv_1, self.channels, self.extra)
+            if first.has_conv_skip:
+                first.conv_skip = WiderInput(first.conv_skip, self.channels, self.extra)
+        else:
+            raise TypeError(f"prior.network must be a UNet2DModel or a UNet1DModel, got {type(network).__name__}; pass Posterior(network=...)")
+        self.network = network
+
+    def train(self, mode: bool = True):
+        return super().train(False)  # dropout would make the density random
+
+    def forward(self, prior: Prior, x_t: Tensor, t: Tensor, condition: Tensor, move: Tensor | None) -> tuple[Tensor, Tensor | float]:
+        move = torch.zeros_like(x_t) if move is None else move
+        axis = -len(prior.shape)
+        seen = torch.cat([x_t, condition.to(x_t.dtype).expand(*x_t.shape[:axis], *condition.shape[1:]), move], axis)
+        output = prior.predict(self.network, seen, t)
+        output, log_scale = output.split(self.channels, axis) if self.two_dimensional else (output, 0.0)
+        return prior.schedule.to_x_0(output, x_t, t), log_scale
+
+
+def add_lora(network: nn.Module, rank: int) -> nn.Module:
+    """Low-rank adapters on every linear layer and convolution of a frozen network; first and last convolutions stay as they are."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d)
+    names = [n for n, m in network.named_modules() if isinstance(m, kinds) and not n.startswith(("conv_in", "conv_out", "time_"))]
+    if isinstance(network, UNet1DModel):
+        names = [n for n in names if not n.startswith("down_blocks.0.resnets.0.")]
+    return inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=names), network)
+
+
+def fourier(x: Tensor, octaves: int = 3) -> Tensor:
+    """x and the sine and cosine of 2^k x, k < octaves, along the last axis."""
+    waves = x[..., None] * 2.0 ** torch.arange(octaves, device=x.device, dtype=x.dtype)
+    return torch.cat([x, waves.sin().flatten(-2), waves.cos().flatten(-2)], -1)
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.layers = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, h):
+        return h + self.layers(h)
+
+
+class ResidualMLP(nn.Module):
+    """For x in R^d: x0hat = prior.denoise(x_t, t) + r_t f, where f sees Fourier features of x_t, of that estimate, of the same estimate
+    moved by the data, and of y, each scaled by its own spread.
+
+    Args:
+        d: dimension of x. m: of the condition.
+        x_mean, x_std, y_mean, y_std: means and spreads, (d,) and (m,).
+    """
+
+    def __init__(self, x_mean: Tensor, x_std: Tensor, y_mean: Tensor, y_std: Tensor, width: int = 256, blocks: int = 2, octaves: int = 3):
+        super().__init__()
+        d, m = len(x_mean), len(y_mean)
+        self.octaves, self.d = octaves, d
+        for name, value in {"x_mean": x_mean, "x_std": x_std, "y_mean": y_mean, "y_std": y_std}.items():
+            self.register_buffer(name, value)
+        features = (3 * d + m) * (2 * octaves + 1) + d + 16
+        self.first = nn.Linear(features, width)
+        self.blocks = nn.Sequential(*(ResidualBlock(width) for _ in range(blocks)))
+        self.last = zero(nn.Linear(width, 2 * d))
+
+    def forward(self, prior: Prior, x_t: Tensor, t: Tensor, condition: Tensor, move: Tensor | None) -> tuple[Tensor, Tensor]:
+        alpha, sigma = (c.to(x_t.device, x_t.dtype).expand(x_t.shape[:-1])[..., None] for c in prior.schedule.alpha_sigma(t))
+        x_0 = prior.denoise(x_t, t)
+        r = prior.denoiser_error(t).sqrt().to(x_t.device, x_t.dtype)
+        move = torch.zeros_like(x_t) if move is None else move
+        y = ((condition - self.y_mean) / self.y_std).expand(*x_t.shape[:-1], condition.shape[-1])
+        scaled = (x_t - alpha * self.x_mean) / (alpha**2 * self.x_std**2 + sigma**2).sqrt()
+        estimates = [scaled, (x_0 - self.x_mean) / self.x_std, (x_0 + r * move - self.x_mean) / self.x_std, y]
+        log_snr = (sigma / alpha.clamp_min(1e-6)).log() / 4
+        time = torch.cat([(log_snr * f).sin() for f in (0.25, 0.5, 1, 2)] * 2 + [(log_snr * f).cos() for f in (0.25, 0.5, 1, 2)] * 2, -1)
+        h = self.first(torch.cat([fourier(e, self.octaves) for e in estimates] + [move / (1 + move.abs()), time], -1))
+        shift, log_scale = self.last(nn.functional.silu(self.blocks(h))).chunk(2, -1)
+        return x_0 + r * shift, log_scale
+
+
+class LogZ(nn.Module):
+    """log Z(y): a perceptron of the condition, or one number where there is no observation. Starts at zero."""
+
+    def __init__(self, features: int, width: int = 128):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(()))
+        self.pool = nn.AdaptiveAvgPool1d(min(features, 1024)) if features > 1024 else nn.Identity()
+        width_in = min(features, 1024)
+        layers = [nn.Linear(width_in, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), zero(nn.Linear(width, 1))]
+        self.layers = nn.Sequential(*layers) if features else None
+
+    def forward(self, condition: Tensor | None) -> Tensor:
+        """(B, ...) to (B,); None to (1,)."""
+        if self.layers is None or condition is None:
+            return self.bias[None]
+        return self.bias + self.layers(self.pool(condition.flatten(1)))[:, 0]

@@ -1,0 +1,61 @@
+"""What every way of getting samples ends in."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+
+@dataclass
+class Particles:
+    """Weighted draws.
+
+    Attributes:
+        x: (N, B, *shape), N draws for each of B observations, in data space.
+        log_w: (N, B), log weights: log p(path, y) - log q(path | y) where the draws were weighted, 0 where they were not.
+    """
+
+    x: Tensor
+    log_w: Tensor
+
+    @property
+    def weights(self) -> Tensor:
+        """Normalised over N: (N, B)."""
+        return self.log_w.softmax(0)
+
+    @property
+    def ess(self) -> Tensor:
+        """Kish's effective sample size, (B,), between 1 and N."""
+        return 1 / (self.weights**2).sum(0)
+
+    @property
+    def log_z(self) -> Tensor:
+        """log of the mean weight, (B,): estimates log p(y) where the weights are path weights."""
+        return self.log_w.logsumexp(0) - torch.log(torch.tensor(float(len(self.log_w))))
+
+    @property
+    def log_z_error(self) -> Tensor:
+        """Standard error of `log_z`, (B,), by the delta method; too small itself where the ESS is a handful."""
+        return ((1 / self.ess - 1 / len(self.log_w)).clamp_min(0)).sqrt()
+
+    @property
+    def mean(self) -> Tensor:
+        """Weighted mean, (B, *shape)."""
+        return torch.einsum("nb,nb...->b...", self.weights.to(self.x.dtype), self.x)
+
+    @property
+    def std(self) -> Tensor:
+        """Weighted standard deviation, (B, *shape)."""
+        return torch.einsum("nb,nb...->b...", self.weights.to(self.x.dtype), (self.x - self.mean) ** 2).sqrt()
+
+    def resample(self, n: int | None = None, generator: Generator | None = None) -> "Particles":
+        """n unweighted draws (default N) by systematic resampling, in random order, for each observation."""
+        N, B = self.log_w.shape
+        n = N if n is None else n
+        cumulative = self.weights.double().cumsum(0).T.contiguous()
+        options = {"generator": generator, "device": self.x.device}
+        u = (torch.arange(n, device=self.x.device) + torch.rand((B, 1), dtype=torch.float64, **options)) / n
+        index = torch.searchsorted(cumulative, u * cumulative[:, -1:]).clamp_max(N - 1)
+        index = index.gather(1, torch.rand((B, n), **options).argsort(1)).T
+        x = self.x[index, torch.arange(B, device=self.x.device)]
+        return Particles(x, x.new_zeros((n, B)))

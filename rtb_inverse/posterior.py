@@ -1,0 +1,170 @@
+r"""The trainable chain q(tau | y): a conditional copy of the prior's chain, and log Z(y)."""
+
+import math
+
+import torch
+from torch import Generator, Tensor, nn
+
+from rtb_inverse.chains import Chain, Prior, rollout
+from rtb_inverse.checks import check_choice, check_count, check_positive
+from rtb_inverse.guidance import Update, guidance
+from rtb_inverse.networks import ConditionalUNet, LogZ, ResidualMLP
+from rtb_inverse.particles import Particles
+from rtb_inverse.problems import InverseProblem, Reward
+
+
+class Posterior(Chain):
+    r"""q(x_s | x_t, y): the prior's Gaussian step around another estimate of x_0.
+
+        x0hat  <- network(x_t, t, condition(y), data residual)
+        x0hat  <- x0hat + gate_t * (Gaussian update of x0hat by y under the denoiser's error r_t^2)      (start="guided")
+        scales <- prior's step, shrunk by what y tells, times exp(log_scale)
+
+    gate_t starts at 1, log_scale at 0, all added inputs of the network at 0: so the chain starts at the prior, or guided.
+
+    Args:
+        prior: the frozen prior.
+        problem: the measurement model; bound to the prior's shape here. A `Reward` has no y.
+        start: "prior" or "guided"; by default guided wherever the operator allows it (differentiable, Gaussian noise).
+        beta: inverse temperature of the likelihood, > 0.
+        network: in place of the copy: a module called as network(prior, x_t, t, condition, move) -> (x0hat, log_scale).
+        lora_rank: train low-rank adapters of the copy, not all its weights.
+        width: of the perceptron, for priors without a network.
+
+    Raises:
+        ValueError: prior and problem of different shapes; start="guided" where the operator does not allow it.
+    """
+
+    def __init__(
+        self, prior: Prior, problem: InverseProblem, start: str | None = None, beta: float = 1.0, network: nn.Module | None = None,
+        lora_rank: int | None = None, width: int = 256,
+    ):  # fmt: skip
+        if not isinstance(prior, Prior):
+            raise TypeError(f"prior must be a Prior, got {type(prior).__name__}")
+        if not isinstance(problem, InverseProblem):
+            raise TypeError(f"problem must be an InverseProblem, got {type(problem).__name__}")
+        super().__init__(prior.shape, prior.schedule, prior.steps)
+        self.prior = prior.requires_grad_(False)
+        self.problem = problem.bind(prior.data_shape)
+        self.beta = check_positive("beta", beta)
+        self.guide = guidance(problem, prior.decode if prior.decodes else None)
+        self.start = check_choice("start", start or ("guided" if self.guide is not None else "prior"), ("guided", "prior"))
+        if self.start == "guided" and self.guide is None:
+            raise ValueError("start='guided' needs a differentiable operator and Gaussian noise; expected start='prior' here")
+        self.lora_rank, self.width = lora_rank, width
+        options = prior._options()
+        self.gate = nn.Parameter(torch.ones(prior.steps, **options))
+        self.log_scale = nn.Parameter(torch.zeros(prior.steps, **options))
+        condition = self._probe_condition()
+        self.network = (network or self._network(condition)).to(**options)
+        self.log_z = LogZ(0 if condition is None else condition[0].numel()).to(**options)
+
+    @property
+    def amortised(self) -> bool:
+        """Whether there is an observation to condition on."""
+        return not isinstance(self.problem, Reward)
+
+    def _probe_condition(self) -> Tensor | None:
+        if not self.amortised:
+            return None
+        return self.problem.condition(torch.zeros((1, *self.problem.y_shape), **self.prior._options()))
+
+    def _network(self, condition: Tensor | None) -> nn.Module:
+        if getattr(self.prior, "network", None) is not None:
+            return ConditionalUNet(self.prior, 0 if condition is None else condition.shape[1], self.lora_rank)
+        if len(self.shape) != 1:
+            raise ValueError(f"a prior without a network needs x of shape (d,), got {tuple(self.shape)}; pass Posterior(network=...)")
+        generator = torch.Generator(self.gate.device).manual_seed(0)
+        x = self.prior.sample(512, generator)
+        y = torch.zeros((512, 0), **self.prior._options())
+        if self.amortised:
+            y = self.problem.condition(self.problem.simulate(self.prior.decode(x), generator))
+        return ResidualMLP(x.mean(0), x.std(0) + 1e-6, y.mean(0), y.std(0) + 1e-6, self.width)
+
+    def train(self, mode: bool = True) -> "Posterior":
+        return super().train(False)  # a density must not depend on dropout
+
+    def initial(self, sample_shape):
+        return self.prior.initial(sample_shape)
+
+    def trainable(self) -> list[nn.Parameter]:
+        """Parameters of the chain, without log Z."""
+        own = [self.gate, self.log_scale] if self.start == "guided" else [self.log_scale]
+        return own + [p for p in self.network.parameters() if p.requires_grad]
+
+    def log_likelihood(self, x_0: Tensor, y: Tensor | None) -> Tensor:
+        """beta log p(y | decode(x_0)): x_0 (N, B, *shape), y (B, *y_shape); returns (N, B)."""
+        return self.beta * self.problem.log_likelihood(self.prior.decode(x_0), y)
+
+    def log_evidence(self, y: Tensor | None) -> Tensor:
+        """The learned log Z(y), (B,); (1,) without observation. `importance` gives an estimate with a standard error."""
+        return self.log_z(None if y is None else self.problem.condition(y))
+
+    def _error(self, t: Tensor) -> Tensor:
+        """r_t^2, (*t.shape, *shape); where the prior does not know it, that of x_0 ~ N(0, I)."""
+        error = self.prior.denoiser_error(t)
+        if error is None:
+            alpha, sigma = self.schedule.alpha_sigma(t)
+            error = (sigma**2 / (alpha**2 + sigma**2)).reshape(t.shape + (1,) * len(self.shape)).expand(t.shape + self.shape)
+        return error / self.beta if self.beta != 1 else error
+
+    def _residual(self, x_t: Tensor, t: Tensor, y: Tensor | None) -> Tensor | None:
+        """Where y would move an estimate of x_0 that needs no network, in units of its error: (*batch, *shape)."""
+        if self.guide is None or y is None:
+            return None
+        if isinstance(self.network, ResidualMLP):
+            x_0, error = self.prior.denoise(x_t, t), self._error(t)
+        else:
+            alpha, sigma = (c.reshape(c.shape + (1,) * len(self.shape)) for c in self.schedule.alpha_sigma(t))
+            x_0 = (alpha / (alpha**2 + sigma**2)).to(x_t.dtype) * x_t
+            error = (sigma**2 / (alpha**2 + sigma**2)).expand(*t.shape, *self.shape)
+        return self.guide(x_0, y, error).delta / error.sqrt().to(x_t.dtype)
+
+    def _step_index(self, t: Tensor) -> Tensor:
+        """Which of the K steps starts at time t."""
+        ascending = self.times.flip(0).to(t.device)
+        return (torch.searchsorted(ascending, t.contiguous()) - 1).clamp(0, self.steps - 1)
+
+    def denoise(self, x_t: Tensor, t: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | float, Update | None]:
+        """The estimate of x_0 given y, the log-scale of the step, and the update that y made."""
+        t = t.to(x_t.device)
+        with torch.no_grad():
+            condition = x_t.new_zeros((x_t.shape[-1 - len(self.shape)], 0, *self.shape[1:])) if y is None else self.problem.condition(y)
+            move = self._residual(x_t, t, y)
+        x_0, log_scale = self.network(self.prior, x_t, t, condition, move)
+        index = self._step_index(t)
+        log_scale = log_scale + self.log_scale[index].reshape(index.shape + (1,) * len(self.shape))
+        if self.start == "prior" or y is None:
+            return x_0, log_scale, None
+        update = self.guide(x_0, y, self._error(t))
+        x_0 = x_0 + self.gate[index].reshape(index.shape + (1,) * len(self.shape)) * update.delta
+        clip = self.schedule.clip_sample
+        return (x_0 if clip is None else x_0.clamp(-clip, clip)), log_scale, update
+
+    def transition(self, x_t, t, s, y=None):
+        t, s = t.to(x_t.device), s.to(x_t.device)
+        x_0, log_scale, update = self.denoise(x_t, t, y)
+        return self.prior.gaussian_step(x_t, x_0, t, s, 2 * torch.tanh(log_scale / 2), update)
+
+    def sample(self, y: Tensor | None = None, n: int = 64, generator: Generator | None = None, progress: bool = False) -> Particles:
+        """n draws for each observation, not corrected: log_w = 0.
+
+        Args:
+            y: observations, (B, *y_shape); None for a `Reward`.
+
+        Returns:
+            Particles(x (n, B, *data_shape), log_w (n, B)).
+        """
+        check_count("n", n)
+        path = rollout(self, n, self.check_y(y), generator, progress=progress)
+        x = self.decode(path.x_0)
+        return Particles(x, x.new_zeros(x.shape[:2]))
+
+    def check_y(self, y: Tensor | None) -> Tensor | None:
+        """y in the chain's device and dtype if it is a finite batch (B, *y_shape)."""
+        y = self.problem.check_y(y)
+        return y if y is None else y.to(self.gate.device, self.gate.dtype)
+
+    @torch.no_grad()
+    def decode(self, x_0: Tensor) -> Tensor:
+        return self.prior.decode(x_0)

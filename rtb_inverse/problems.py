@@ -1,0 +1,179 @@
+r"""Measurement models y = A(x) + noise, as normalised likelihoods p(y | x), so that Z(y) = int p(x) p(y | x) dx is the evidence."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Generator, Tensor, nn
+
+from rtb_inverse.checks import check_finite, check_tensor
+
+
+class GaussianNoise(nn.Module):
+    """y = A(x) + std n, n ~ N(0, I).
+
+    Args:
+        std: > 0, a number, or a tensor that broadcasts to y (one level per element).
+    """
+
+    def __init__(self, std: float | Tensor):
+        super().__init__()
+        std = torch.as_tensor(std, dtype=torch.get_default_dtype() if not isinstance(std, Tensor) else std.dtype)
+        if not ((std > 0) & torch.isfinite(std)).all():
+            raise ValueError(f"noise_std must be finite and above 0, got {std.tolist()!r}")
+        self.register_buffer("std", std)
+
+    def sample(self, clean: Tensor, generator: Generator | None = None) -> Tensor:
+        """y given A(x)."""
+        noise = torch.randn(clean.shape, generator=generator, device=clean.device, dtype=clean.dtype)
+        return clean + self.std.to(clean.dtype) * noise
+
+    def log_prob(self, clean: Tensor, y: Tensor, event_dim: int) -> Tensor:
+        """log p(y | A(x)), summed over the last `event_dim` axes; clean and y broadcast."""
+        std = self.std.to(clean.dtype)
+        log_density = -0.5 * ((y - clean) / std) ** 2 - std.log() - 0.5 * math.log(2 * math.pi)
+        return log_density.flatten(log_density.ndim - event_dim).sum(-1)
+
+
+class MatrixOperator(nn.Module):
+    """A(x) = A vec(x), for a matrix A of shape (m, d)."""
+
+    def __init__(self, matrix: Tensor):
+        super().__init__()
+        self.register_buffer("matrix", matrix)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1) @ self.matrix.to(x.dtype).T
+
+
+class InverseProblem(nn.Module):
+    """p(y | x) by an operator A and a noise model.
+
+    Args:
+        operator: any callable from a batch of x, (M, *shape), to a batch of clean measurements, (M, *y_shape); or a matrix (m, d).
+        noise: a noise model, `GaussianNoise(std)`.
+        shape: shape of one x. May be left out: `Posterior` tells it the prior's.
+        linear: whether A is affine in x; tried out where it is not said.
+
+    Attributes:
+        shape, y_shape: shapes of one x and one y; known once `shape` is.
+        mask: for operators that pick elements of x, the boolean mask of `shape` they pick; else None.
+    """
+
+    mask: Tensor | None = None
+
+    def __init__(self, operator: Callable[[Tensor], Tensor] | Tensor, noise: nn.Module, shape=None, linear: bool | None = None):
+        super().__init__()
+        if not isinstance(operator, Tensor) and not callable(operator):
+            raise TypeError(f"operator must be a callable or a matrix, got {type(operator).__name__}")
+        self.operator = MatrixOperator(operator) if isinstance(operator, Tensor) else operator
+        self.noise = noise
+        self.linear = linear
+        self.differentiable = True
+        self.shape: torch.Size | None = None
+        self.y_shape: torch.Size | None = None
+        if shape is not None:
+            self.bind(shape)
+
+    def bind(self, shape) -> "InverseProblem":
+        """Fix the shape of x, and try the operator on two random x of that shape. Returns itself.
+
+        Raises:
+            ValueError: the shape differs from one given before; the operator drops or changes the batch, or returns non-finite values.
+        """
+        shape = torch.Size(shape)
+        if self.shape is not None and self.shape != shape:
+            raise ValueError(f"problem is for x of shape {tuple(self.shape)}, but the prior draws x of shape {tuple(shape)}; they must agree")
+        if self.shape is None:
+            self._probe(shape)
+            self.shape = shape
+        return self
+
+    def _probe(self, shape: torch.Size) -> None:
+        options = {"generator": torch.Generator().manual_seed(0)}
+        device = next((b.device for b in self.buffers()), torch.device("cpu"))
+        x = torch.randn((3, *shape), **options).to(device)
+        x[2] = x[0] + x[1]
+        with torch.enable_grad():
+            x.requires_grad_()
+            try:
+                clean = self.operator(x)
+            except Exception as error:
+                raise ValueError(f"operator failed on x of shape {tuple(x.shape)}: {type(error).__name__}: {error}") from error
+            if not isinstance(clean, Tensor) or clean.ndim < 1 or len(clean) != 3:
+                was = tuple(clean.shape) if isinstance(clean, Tensor) else type(clean).__name__
+                raise ValueError(f"operator must map a batch (M, *shape) to a batch (M, *y_shape): on x of shape {tuple(x.shape)} it gave {was}")
+            check_finite("operator's output", clean)
+            self.differentiable = clean.requires_grad
+        clean = clean.detach()
+        if self.linear is None:
+            zero = self.operator(torch.zeros_like(x[:1]))[0]
+            self.linear = bool(torch.allclose(clean[2] + zero, clean[0] + clean[1], rtol=1e-4, atol=1e-4 * float(clean.abs().max() + 1e-12)))
+        self.y_shape = clean.shape[1:]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A(x), without noise: (*batch, *shape) to (*batch, *y_shape)."""
+        if self.shape is None:
+            return self.operator(x)
+        batch = x.shape[: x.ndim - len(self.shape)]
+        clean = self.operator(x.reshape(-1, *self.shape))
+        return clean.reshape(*batch, *clean.shape[1:])
+
+    def simulate(self, x: Tensor, generator: Generator | None = None) -> Tensor:
+        """A draw y ~ p(y | x) for each x of (*batch, *shape)."""
+        return self.noise.sample(check_finite("operator's output", self(x)), generator)
+
+    def log_likelihood(self, x: Tensor, y: Tensor) -> Tensor:
+        """log p(y | x), normalised in y: x (*batch, *shape), y (B, *y_shape) broadcast to the batch; returns (*batch)."""
+        clean = self(x)
+        event_dim = len(self.y_shape) if self.y_shape is not None else clean.ndim - 1
+        return self.noise.log_prob(clean, y, event_dim)
+
+    def check_y(self, y: Tensor) -> Tensor:
+        """y if it is a finite, floating-point batch (B, *y_shape); one clear error otherwise."""
+        return check_tensor("y", y, self.y_shape)
+
+    def condition(self, y: Tensor) -> Tensor:
+        """What the posterior network sees of y, (B, *y_shape) to (B, C, *spatial) for x of shape (c, *spatial), (B, m) for x of shape (d,).
+
+        By default y itself where it lies on x's grid, else its back-projection J^T y (J the operator's Jacobian at 0).
+        """
+        if self.shape is None:
+            raise ValueError("shape of x is not known yet; give InverseProblem(..., shape=...) or pass the problem to Posterior first")
+        if len(self.shape) == 1:
+            return y.flatten(1)
+        if len(self.y_shape) == len(self.shape) and self.y_shape[1:] == self.shape[1:]:
+            return y
+        if not self.differentiable:
+            raise ValueError("operator is not differentiable and y is not on x's grid: override `condition` to say what the network sees of y")
+        with torch.enable_grad():
+            x = torch.zeros((len(y), *self.shape), device=y.device, dtype=y.dtype, requires_grad=True)
+            return torch.autograd.grad(self.operator(x), x, y)[0].detach()
+
+
+class Reward(InverseProblem):
+    """A posterior p(x) exp(r(x)) / Z without any observation.
+
+    Args:
+        log_reward: callable from (M, *shape) to (M,), r(x).
+        shape: shape of one x.
+    """
+
+    def __init__(self, log_reward: Callable[[Tensor], Tensor], shape=None):
+        super().__init__(log_reward, nn.Identity(), shape)
+
+    def _probe(self, shape):
+        super()._probe(shape)
+        if self.y_shape:
+            raise ValueError(f"log_reward must give one number per x: on a batch of 3 it gave shape {(3, *self.y_shape)}, expected (3,)")
+
+    def log_likelihood(self, x, y=None):
+        return self(x)
+
+    def simulate(self, x, generator=None):
+        raise TypeError("a Reward has no observation to simulate")
+
+    def check_y(self, y):
+        if y is not None:
+            raise ValueError(f"y must be None for a Reward, got {type(y).__name__}")
+        return y
