@@ -1,16 +1,14 @@
 """A diffusers model as the prior: a network of the UNet2DModel or UNet1DModel kind, and its scheduler's config."""
 
-import json
 from pathlib import Path
 
 import torch
 from diffusers import UNet1DModel, UNet2DModel
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rtb_inverse.chains import Prior, measure_denoiser_error
 from rtb_inverse.checks import check_tensor
-from rtb_inverse.checkpoints import ERROR_FILE, load_model, resolve_folder
+from rtb_inverse.checkpoints import ERROR_FILE, load_model, load_weights, read_json, resolve_folder
 from rtb_inverse.schedules import Schedule, expand, schedule_from_config
 
 MODELS = {"UNet2DModel": UNet2DModel, "UNet1DModel": UNet1DModel}
@@ -36,7 +34,7 @@ class DiffusersPrior(Prior):
         if size is None:
             raise ValueError("network.config.sample_size must be set, got None: the prior needs the shape of x")
         size = tuple(size) if isinstance(size, (tuple, list)) else (size,) * (1 if isinstance(network, UNet1DModel) else 2)
-        schedule = schedule if isinstance(schedule, Schedule) else schedule_from_config(schedule.config)
+        schedule = schedule if isinstance(schedule, Schedule) else schedule_from_config(schedule)
         super().__init__((channels, *size), schedule, steps, eta, variance, min_std)
         self.network = network.requires_grad_(False).eval()
         self._set_error(error_times, error)
@@ -65,12 +63,12 @@ class DiffusersPrior(Prior):
         config_file = scheduler_folder / "scheduler_config.json"
         if not config_file.is_file():
             raise FileNotFoundError(f"folder_or_hub_id: {folder} has no scheduler_config.json, expected one beside the model or in scheduler/")
-        schedule = schedule_from_config(json.loads(config_file.read_text()))
+        schedule = schedule_from_config(read_json(config_file))
         network = load_model(network_folder, MODELS)
-        tables = load_file(folder / ERROR_FILE) if (folder / ERROR_FILE).is_file() else {}
+        tables = load_weights(folder / ERROR_FILE) if (folder / ERROR_FILE).is_file() else {}
         recommended = folder / "prior_config.json"
         if steps is None:
-            steps = json.loads(recommended.read_text())["steps"] if recommended.is_file() else 20
+            steps = read_json(recommended)["steps"] if recommended.is_file() else 20
         return cls(
             network, schedule, steps, error_times=tables.get("times"), error=tables.get("error"), eta=eta, variance=variance, min_std=min_std
         )

@@ -108,6 +108,10 @@ class GaussianMixturePrior(Prior):
         """p(x_0) itself: exact draws and log-density."""
         return GaussianMixture(self.log_weights, self.means, self.eigenvalues.sqrt(), self.basis)
 
+    def sample(self, n, generator=None, progress=False):
+        """n exact draws (n, d), without the chain."""
+        return self.distribution.sample((n,), generator)
+
     def _marginal_variance(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """alpha_t, and the eigenvalues of S_t; both with axes for (J, d)."""
         alpha_t, sigma_t = (c.to(like.dtype)[..., None, None] for c in self.schedule.alpha_sigma(t))

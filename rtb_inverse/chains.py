@@ -9,6 +9,7 @@ Tensors are (N, B, *shape): N draws for each of B observations. Nothing here loo
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 from torch import Generator, Tensor, nn
@@ -181,7 +182,8 @@ class Trajectory:
         x: states, (K + 1, N, B, *shape), x[0] = x_T, x[K] = x_0.
         times: (K + 1,), decreasing.
         y: observations, (B, *y_shape), or None.
-        log_prob: (N, B), log density of each path under the chain that `rollout` used; None where no chain drew the whole path.
+        log_prob: (n, B), n <= N, log density of the first n paths under the chain that `rollout` drew them with; None where no
+            chain drew a whole path.
     """
 
     x: Tensor
@@ -197,13 +199,17 @@ class Trajectory:
     def steps(self) -> int:
         return len(self.times) - 1
 
+    def draws(self, part: slice) -> "Trajectory":
+        """The paths of some of the N draws, not scored."""
+        return Trajectory(self.x[:, part], self.times, self.y)
+
     @staticmethod
     def cat(parts: "list[Trajectory]") -> "Trajectory":
-        """Join paths of the same observations along N."""
+        """Join paths of the same observations along N; those that a chain drew whole come first."""
         if len(parts) == 1:
             return parts[0]
-        known = [part.log_prob for part in parts if part.log_prob is not None]
-        log_prob = torch.cat(known) if len(known) == len(parts) else None
+        known = list(takewhile(lambda log_prob: log_prob is not None, (part.log_prob for part in parts)))
+        log_prob = torch.cat(known) if known else None
         return Trajectory(torch.cat([part.x for part in parts], 1), parts[0].times, parts[0].y, log_prob)
 
 

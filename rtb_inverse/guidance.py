@@ -57,10 +57,12 @@ class DenseGuidance(nn.Module):
 
     def __init__(self, problem: InverseProblem):
         super().__init__()
-        zero = torch.zeros((1, *problem.shape), device=problem.noise.std.device)
+        operator = problem.operator if isinstance(problem.operator, nn.Module) else nn.Identity()
+        own = (c.dtype for c in (*operator.parameters(), *operator.buffers()) if c.is_floating_point())
+        zero = torch.zeros((1, *problem.shape), device=problem.noise.std.device, dtype=next(own, torch.get_default_dtype()))
         offset = problem(zero)[0].flatten()
-        columns = torch.eye(zero.numel(), device=zero.device).reshape(-1, *problem.shape)
-        matrix = torch.stack([column for part in columns.split(256) for column in problem(part).flatten(1) - offset], 1).detach()
+        columns = torch.eye(zero.numel(), device=zero.device, dtype=zero.dtype).reshape(-1, *problem.shape)
+        matrix = torch.stack([column for part in columns.split(256) for column in problem(part).reshape(len(part), -1) - offset], 1).detach()
         std = problem.noise.std.expand(problem.y_shape).flatten()
         self.event_dim = len(problem.shape)
         U, S, Vh = torch.linalg.svd((matrix / std[:, None]).double(), full_matrices=False)
@@ -72,9 +74,10 @@ class DenseGuidance(nn.Module):
     def forward(self, x_0: Tensor, y: Tensor, error: Tensor) -> Update:
         level = error.flatten(error.ndim - self.event_dim).mean(-1, keepdim=True)
         shrink = 1 / (level * self.singular**2 + 1)
-        residual = (y.flatten(1) - self.offset) @ self.whiten.T - x_0.flatten(x_0.ndim - self.event_dim) @ self.basis * self.singular.to(x_0.dtype)
+        basis, whiten, offset = (c.to(x_0.dtype) for c in (self.basis, self.whiten, self.offset))
+        residual = (y.reshape(len(y), -1) - offset) @ whiten.T - x_0.flatten(x_0.ndim - self.event_dim) @ basis * self.singular.to(x_0.dtype)
         move = (level * self.singular * shrink).to(x_0.dtype) * residual
-        return Update((move @ self.basis.T).reshape(x_0.shape), shrink, self.basis)
+        return Update((move @ basis.T).reshape(x_0.shape), shrink, basis)
 
 
 class GradientGuidance(nn.Module):

@@ -138,7 +138,8 @@ class ResidualMLP(nn.Module):
     def forward(self, prior: Prior, x_t: Tensor, t: Tensor, condition: Tensor, move: Tensor | None) -> tuple[Tensor, Tensor]:
         alpha, sigma = (c.to(x_t.device, x_t.dtype).expand(x_t.shape[:-1])[..., None] for c in prior.schedule.alpha_sigma(t))
         x_0 = prior.denoise(x_t, t)
-        r = prior.denoiser_error(t).sqrt().to(x_t.device, x_t.dtype)
+        error = prior.denoiser_error(t)
+        r = sigma / (alpha**2 + sigma**2).sqrt() if error is None else error.sqrt().to(x_t.device, x_t.dtype)
         move = torch.zeros_like(x_t) if move is None else move
         y = ((condition - self.y_mean) / self.y_std).expand(*x_t.shape[:-1], condition.shape[-1])
         scaled = (x_t - alpha * self.x_mean) / (alpha**2 * self.x_std**2 + sigma**2).sqrt()

@@ -35,7 +35,7 @@ class PriorTraining(LightningModule):
     ):  # fmt: skip
         super().__init__()
         self.network, self.scheduler = network, scheduler
-        self.schedule = schedule_from_config(scheduler.config)
+        self.schedule = schedule_from_config(scheduler)
         self.output, self.steps = check_writable("output", output), check_count("steps", steps)
         self.lr, self.warmup, self.weight_decay = check_positive("lr", lr), warmup, weight_decay
         self.min_snr = min_snr

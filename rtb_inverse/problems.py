@@ -18,7 +18,7 @@ class GaussianNoise(nn.Module):
 
     def __init__(self, std: float | Tensor):
         super().__init__()
-        std = torch.as_tensor(std, dtype=torch.get_default_dtype() if not isinstance(std, Tensor) else std.dtype)
+        std = torch.as_tensor(std, dtype=std.dtype if isinstance(std, Tensor) else torch.float64)
         if not ((std > 0) & torch.isfinite(std)).all():
             raise ValueError(f"noise_std must be finite and above 0, got {std.tolist()!r}")
         self.register_buffer("std", std)
@@ -32,7 +32,7 @@ class GaussianNoise(nn.Module):
         """log p(y | A(x)), summed over the last `event_dim` axes; clean and y broadcast."""
         std = self.std.to(clean.dtype)
         log_density = -0.5 * ((y - clean) / std) ** 2 - std.log() - 0.5 * math.log(2 * math.pi)
-        return log_density.flatten(log_density.ndim - event_dim).sum(-1)
+        return log_density.reshape(*log_density.shape[: log_density.ndim - event_dim], -1).sum(-1)
 
 
 class MatrixOperator(nn.Module):
@@ -107,8 +107,10 @@ class InverseProblem(nn.Module):
             self.differentiable = clean.requires_grad
         clean = clean.detach()
         if self.linear is None:
-            zero = self.operator(torch.zeros_like(x[:1]))[0]
-            self.linear = bool(torch.allclose(clean[2] + zero, clean[0] + clean[1], rtol=1e-4, atol=1e-4 * float(clean.abs().max() + 1e-12)))
+            zero, mirrored = self.operator(torch.cat([torch.zeros_like(x[:1]), -x[:1]])).detach()
+            tolerance = {"rtol": 1e-4, "atol": 1e-4 * float(clean.abs().max() + 1e-12)}
+            additive = torch.allclose(clean[2] + zero, clean[0] + clean[1], **tolerance)
+            self.linear = bool(additive and torch.allclose(2 * zero, clean[0] + mirrored, **tolerance))
         self.y_shape = clean.shape[1:]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -141,7 +143,7 @@ class InverseProblem(nn.Module):
         if self.shape is None:
             raise ValueError("shape of x is not known yet; give InverseProblem(..., shape=...) or pass the problem to Posterior first")
         if len(self.shape) == 1:
-            return y.flatten(1)
+            return y.reshape(len(y), -1)
         if len(self.y_shape) == len(self.shape) and self.y_shape[1:] == self.shape[1:]:
             return y
         if not self.differentiable:

@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import Any, Mapping
 
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, SchedulerMixin
 from torch import Tensor
 
 from rtb_inverse.checks import check_choice, check_count, check_positive
@@ -179,7 +179,9 @@ class VariancePreserving(Schedule):
         last = self.num_train_timesteps - 1
         if steps <= self.num_train_timesteps:
             self.scheduler.set_timesteps(steps)
-            grid = self.scheduler.timesteps.double().clamp_max(last)
+            grid = self.scheduler.timesteps.double()
+            grid = grid[grid >= 0]  # "trailing" rounds to one time too many at some K, such as 61 of 1000
+            grid = grid - (grid[0] - last).clamp_min(0)  # steps_offset must not push the first time over the end
         else:
             grid = torch.linspace(last, 0, steps, dtype=torch.float64)
         return torch.cat([grid, grid.new_tensor([CLEAN])])
@@ -245,17 +247,20 @@ class FlowMatching(Schedule):
         return self.num_train_timesteps * t
 
 
-def schedule_from_config(config: Mapping[str, Any]) -> Schedule:
+def schedule_from_config(config: Mapping[str, Any] | SchedulerMixin) -> Schedule:
     """The schedule that a diffusers scheduler's config describes.
 
     Args:
-        config: `scheduler.config`, or the content of a `scheduler_config.json`.
+        config: a diffusers scheduler, or the content of a `scheduler_config.json`. (The `config` of a scheduler that was not loaded
+            from a file does not say its class.)
 
     Raises:
         ValueError: an unknown scheduler class, beta schedule, prediction type or spacing; dynamic thresholding, whose quantiles
             couple the elements of the estimate of x_0 and so have no Gaussian step.
     """
-    name = str(config.get("_class_name", "DDPMScheduler"))
+    if isinstance(config, SchedulerMixin):
+        config = {**config.config, "_class_name": type(config).__name__}
+    name = str(config.get("_class_name"))
     if name == "ScoreSdeVeScheduler":
         return VarianceExploding(config["sigma_min"], config["sigma_max"], config.get("prediction_type", "score"))
     if name == "FlowMatchEulerDiscreteScheduler":

@@ -1,0 +1,270 @@
+"""Training a posterior with lightning: wiring only. The mathematics is in `training`, `objectives` and `behaviours`."""
+
+import math
+from pathlib import Path
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from rtb_inverse.averaging import ExponentialMovingAverage
+from rtb_inverse.behaviours import ObservationStore, Pool, check_weights, mixture
+from rtb_inverse.checks import check_choice, check_count, check_positive, check_tensor, check_writable
+from rtb_inverse.objectives import group_log_z, half_square, rtb, vargrad, wake_sleep
+from rtb_inverse.posterior import Posterior
+from rtb_inverse.training import denoising_loss, path_backward, score
+from rtb_inverse.chains import rollout
+
+OBJECTIVES = ("rtb", "vargrad", "wake_sleep")
+
+
+class PosteriorTraining(LightningModule):
+    r"""Warm start by conditional denoising on simulated pairs, then RTB.
+
+    A step of the warm start takes `states` noised pairs and one random step of each. A step of RTB takes `draws` paths for each of
+    `observations` observations, from a mixture of behaviours. Without an observation to simulate (a `Reward`), the warm start
+    regresses on a buffer of the averaged posterior's own draws, resampled by their exact path weights (reweighted wake-sleep).
+
+    Args:
+        posterior: the posterior to train, in place.
+        y: one observation to specialise on, (1, *y_shape) or y_shape; None: amortised over the observations that the problem simulates.
+        data: clean examples (M, *shape) to simulate from, in place of the prior's own draws.
+        warm_start: share in [0, 1] of all steps spent on the warm start.
+        objective: of the RTB phase, "vargrad", "rtb" (learned log Z) or "wake_sleep" (on-policy paths only).
+        behaviours: weights of "on_policy", "prior", "simulated", "replay".
+        extra_noise: of on-policy paths at the beginning of the RTB phase, as a share of each step's standard deviation; falls linearly to 0.
+        lr, lr_rtb, lr_log_z: peak learning rates of the chain in the warm start and in the RTB phase, and of log Z(y).
+        clip: Huber threshold of the residual, in nats; null for none (`objectives.half_square`).
+        pool: how many prior draws to keep for simulation, of which `pool_start` are drawn before the first step and `pool_growth` every `refresh` steps.
+        slots: observations kept with replay buffers of `capacity` x_0 each (amortised mode); a quarter of the chosen ones is renewed at each step.
+        step_fraction, chunk_size: see `training.path_backward`.
+        refresh: every how many steps the pool grows; in a wake-sleep warm start, every how many steps new draws enter the buffer.
+        output: folder for the finished posterior; tried before any work. None: nothing is written.
+        seed: of all randomness in training.
+    """
+
+    def __init__(
+        self, posterior: Posterior, y: Tensor | None = None, data: Tensor | None = None, *, warm_start: float = 0.7, objective: str = "vargrad",
+        behaviours: dict[str, float] | None = None, extra_noise: float = 0.0, states: int = 256, observations: int = 8, draws: int = 8,
+        lr: float = 1e-3, lr_rtb: float = 1e-4, lr_log_z: float = 1e-2, clip: float | None = 10.0, max_grad_norm: float = 1.0,
+        ema_decay: float = 0.999, pool: int = 8192, pool_start: int = 1024, pool_growth: int = 256, slots: int = 256, capacity: int = 32,
+        step_fraction: float = 1.0, chunk_size: int | None = 1024, refresh: int = 20, output: str | None = None, seed: int = 0,
+    ):  # fmt: skip
+        super().__init__()
+        self.automatic_optimization = False
+        self.posterior = posterior
+        if y is not None:
+            y = y if y.ndim > len(posterior.problem.y_shape or ()) else y[None]
+            if len(posterior.check_y(y)) != 1:
+                raise ValueError(f"y must be one observation, got {len(y)}; leave y out to train over all observations")
+        self.fixed = y is not None or not posterior.amortised
+        self.objective = check_choice("objective", objective, OBJECTIVES)
+        if behaviours is None:
+            behaviours = {"on_policy": 1.0} if objective == "wake_sleep" else {"on_policy": 0.5, "replay": 0.25}
+            behaviours |= {} if self.fixed or objective == "wake_sleep" else {"simulated": 0.25}
+        self.behaviours = check_weights(behaviours)
+        if self.fixed and "simulated" in self.behaviours:
+            raise ValueError("behaviours: 'simulated' has no path for a fixed observation or a reward; expected on_policy, prior or replay")
+        if objective == "wake_sleep" and (set(self.behaviours) != {"on_policy"} or extra_noise):
+            raise ValueError("behaviours must be on_policy alone, without extra_noise, for wake_sleep: it needs the exact weights of its paths")
+        if not 0 <= warm_start <= 1:
+            raise ValueError(f"warm_start must be in [0, 1], got {warm_start!r}")
+        self.warm_start, self.extra_noise = warm_start, extra_noise
+        self.states, self.observations, self.draws = (
+            check_count(*c) for c in (("states", states), ("observations", observations), ("draws", draws, 1 if objective == "rtb" else 2))
+        )
+        self.lr, self.lr_rtb, self.lr_log_z = (check_positive(*c) for c in (("lr", lr), ("lr_rtb", lr_rtb), ("lr_log_z", lr_log_z)))
+        self.clip, self.max_grad_norm = clip, check_positive("max_grad_norm", max_grad_norm)
+        self.ema = ExponentialMovingAverage(posterior.trainable(), ema_decay)
+        self.step_fraction, self.chunk_size, self.refresh = step_fraction, chunk_size, check_count("refresh", refresh)
+        self.pool_options = {"size": pool, "data": data}
+        self.pool_start, self.pool_growth, self.slots, self.capacity = pool_start, pool_growth, slots, capacity
+        self.output = None if output is None else check_writable("output", output)
+        self.seed = seed
+        self.y = y
+        self.pool: Pool | None = None
+        self.store: ObservationStore | None = None
+        self._restored: dict | None = None
+
+    # Sources of paths -------------------------------------------------------------------------------------------------------------
+
+    def on_fit_start(self):
+        self.generator = torch.Generator(self.device).manual_seed(self.seed + self.global_rank)
+        self.pool = Pool(self.posterior, **self.pool_options) if self.posterior.amortised else None
+        options = self.posterior.prior._options()
+        if self.fixed:
+            y = None if self.y is None else self.posterior.check_y(self.y.to(self.device))
+            self.store = ObservationStore(self.posterior.shape, y, capacity=max(self.capacity, 4096), options=options)
+        if self._restored is not None:
+            self._restore(self._restored)
+            return
+        if self.pool is not None:
+            self.pool.grow(self.pool_start, self.generator, progress=True)
+            if not self.fixed:
+                x, y = self.pool.pairs(self.slots, self.generator)
+                self.store = ObservationStore(self.posterior.shape, y, x, self.capacity, options=options)
+
+    def warm_steps(self) -> int:
+        return round(self.warm_start * self.trainer.max_steps)
+
+    def training_step(self, batch, index):
+        optimizer = self.optimizers()
+        step, warm = self.global_step, self.warm_steps()
+        if step == warm:
+            optimizer.optimizer.state.clear()
+        self._set_learning_rates(optimizer, step, warm)
+        optimizer.zero_grad()
+        if self.pool is not None and step % self.refresh == self.refresh - 1:
+            self.pool.grow(self.pool_growth, self.generator)
+        loss = self._warm_step(step) if step < warm else self._path_step(step, warm)
+        torch.nn.utils.clip_grad_norm_(self.posterior.trainable(), self.max_grad_norm)
+        optimizer.step()
+        self.ema.update()
+        self.log("loss", loss, prog_bar=True)
+
+    def _warm_step(self, step: int) -> Tensor:
+        if self.posterior.amortised:
+            x_0, y = self.pool.pairs(self.states, self.generator)
+        else:
+            if step % self.refresh == 0:
+                self._gather(step)
+            x_0, y = self.store.good(torch.zeros(1, dtype=torch.long, device=self.device), self.states, self.generator)[:, 0], None
+        loss = denoising_loss(self.posterior, x_0, y, self.generator)
+        self.manual_backward(loss)
+        return loss.detach()
+
+    def _gather(self, step: int) -> None:
+        """Draws of the averaged posterior enter the buffer as often as their exact path weights say."""
+        self.ema.swap()
+        paths = rollout(self.posterior, self.capacity if step else 4 * self.capacity, None, self.generator)
+        log_q, log_p, log_lik = score(self.posterior, paths, self.chunk_size)
+        self.ema.swap()
+        weights = (log_p + log_lik - log_q)[:, 0].softmax(0)
+        pick = torch.multinomial(weights, len(weights), replacement=True, generator=self.generator)
+        self.store.insert(torch.zeros(1, dtype=torch.long, device=self.device), paths.x_0[pick], torch.zeros_like(log_q[pick]))
+
+    def _path_step(self, step: int, warm: int) -> Tensor:
+        store, posterior = self.store, self.posterior
+        index = store.choose(self.observations, self.generator)
+        if not self.fixed:
+            old = index[: max(1, len(index) // 4)]
+            x, y = self.pool.pairs(len(old), self.generator)
+            store.renew(old, x, y, posterior.log_likelihood(x[None], y)[0])
+        elif not torch.isfinite(store.log_reward).any():
+            self._insert(index, rollout(posterior, self.draws, store.observations(index), self.generator).x_0)
+        left = 1 - (step - warm) / max(1, self.trainer.max_steps - warm)
+        paths, shares = mixture(self.behaviours, posterior, store, index, self.draws, self.generator, self.extra_noise * left)
+        log_q, log_p, log_lik = score(posterior, paths, self.chunk_size)
+        fresh = shares.get("on_policy", 0)
+        if fresh:
+            self._insert(index, paths.x_0[:fresh])
+        log_z = posterior.log_evidence(paths.y)
+        self.log_dict({"log_z": log_z.mean(), "elbo": (log_p + log_lik - log_q)[: fresh or None].mean()}, prog_bar=True)
+
+        def loss(log_q):
+            if self.objective == "rtb":
+                return rtb(log_q, log_p, log_lik, log_z, self.clip)
+            estimate = group_log_z(log_q, log_p, log_lik)
+            follow = half_square(log_z - estimate, self.clip)
+            if self.objective == "wake_sleep":
+                return wake_sleep(log_q, log_p + log_lik - log_q) + follow
+            return vargrad(log_q, log_p, log_lik, self.clip) + follow
+
+        return path_backward(
+            posterior, paths, log_q, loss, chunk_size=self.chunk_size, step_fraction=self.step_fraction, generator=self.generator
+        )
+
+    def _insert(self, index: Tensor, x_0: Tensor) -> None:
+        self.store.insert(index, x_0, self.posterior.log_likelihood(x_0, self.store.observations(index)))
+
+    # Optimisation -----------------------------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self):
+        groups = [{"params": self.posterior.trainable(), "lr": self.lr}, {"params": self.posterior.log_z.parameters(), "lr": self.lr_log_z}]
+        return torch.optim.AdamW(groups, weight_decay=0.0)
+
+    def _set_learning_rates(self, optimizer, step: int, warm: int) -> None:
+        """Linear warm-up, then a cosine to a twentieth, in each phase on its own."""
+        first, last, peak = (0, warm, self.lr) if step < warm else (warm, self.trainer.max_steps, self.lr_rtb)
+        done, length = step - first, max(1, last - first)
+        factor = min(1.0, (done + 1) / min(50, length)) * (0.05 + 0.95 * (1 + math.cos(math.pi * done / length)) / 2)
+        for group, rate in zip(optimizer.param_groups, (peak, self.lr_log_z)):
+            group["lr"] = rate * factor
+
+    def on_train_end(self):
+        self.ema.swap()
+        if self.output is not None and self.trainer.is_global_zero:
+            self.posterior.save_pretrained(self.output)
+
+    # Resume -----------------------------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint):
+        frozen = [name for name in checkpoint["state_dict"] if name.startswith("posterior.prior.")]
+        for name in frozen:
+            del checkpoint["state_dict"][name]
+        checkpoint["sources"] = {
+            "generator": self.generator.get_state(),
+            "pool": None if self.pool is None else self.pool.state_dict(),
+            "store": self.store.state_dict(),
+        }
+
+    def on_load_checkpoint(self, checkpoint):
+        for name, value in self.state_dict().items():
+            if name.startswith("posterior.prior."):
+                checkpoint["state_dict"][name] = value
+        self._restored = checkpoint["sources"]
+
+    def _restore(self, sources: dict) -> None:
+        self.generator.set_state(sources["generator"].cpu())
+        if self.pool is not None:
+            self.pool.load_state_dict(sources["pool"])
+        if self.store is None:
+            saved = sources["store"]
+            self.store = ObservationStore(self.posterior.shape, saved["y"].to(self.device), capacity=saved["x_0"].shape[1])
+            self.store.truth = True
+        self.store.load_state_dict(sources["store"])
+        self._restored = None
+
+
+class Steps(LightningDataModule):
+    """A stream of step numbers: the training draws its own paths.
+
+    Args:
+        y: observations to draw for in `predict` and `test`, (B, *y_shape).
+    """
+
+    def __init__(self, y: Tensor | None = None):
+        super().__init__()
+        self.y = None if y is None else check_tensor("y", y)
+
+    def train_dataloader(self):
+        return DataLoader(range(10**9), batch_size=None)
+
+    def predict_dataloader(self):
+        return DataLoader(TensorDataset(self.y), len(self.y))
+
+
+def fit(
+    posterior: Posterior, steps: int = 500, seed: int = 0, y: Tensor | None = None, data: Tensor | None = None, *, progress: bool = True,
+    trainer: dict | None = None, **options,
+) -> Posterior:  # fmt: skip
+    """Train a posterior in place; returns it.
+
+    Args:
+        posterior: to train.
+        steps: all optimiser steps, warm start included.
+        seed: of all randomness.
+        y: one observation to specialise on; None: amortised.
+        data: clean examples to simulate from, in place of the prior's draws.
+        progress: show a progress bar.
+        trainer: options of lightning's Trainer (accelerator, devices, precision, ...).
+        options: of `PosteriorTraining`.
+    """
+    check_count("steps", steps)
+    module = PosteriorTraining(posterior, y, data, seed=seed, **options)
+    settings = {"accelerator": "cpu" if posterior.gate.device.type == "cpu" else "auto", "devices": 1, "logger": False, "enable_checkpointing": False}
+    settings |= {"enable_model_summary": False, "enable_progress_bar": progress, "callbacks": [TQDMProgressBar()] if progress else []}
+    Trainer(max_steps=steps, **(settings | (trainer or {}))).fit(module, Steps())
+    return posterior

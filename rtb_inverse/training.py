@@ -1,0 +1,73 @@
+r"""Losses and gradients of the posterior's chain, without a framework.
+
+The gradient of any objective of log q (N, B) is a sum over paths and steps of (d loss / d log_q) times the gradient of one step's
+log-density. So: roll out and score under `no_grad`, then visit the steps in batched chunks. Memory is that of one chunk, whatever K.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Generator, Tensor
+
+from rtb_inverse.chains import Trajectory, chunks, path_log_prob, step_log_prob
+from rtb_inverse.posterior import Posterior
+from rtb_inverse.schedules import expand
+
+
+def denoising_loss(posterior: Posterior, x_0: Tensor, y: Tensor | None, generator: Generator) -> Tensor:
+    r"""Conditional denoising on pairs (x_0, y): - K E log q(x_s | x_t, y) at one random step of each noised x_0, a per-path negative
+    log-likelihood (up to the constant of x_T) per element of x. Minimised by the exact posterior's steps, projected on Gaussians.
+
+    x_s is integrated out: under the forward process x_s | x_t, x_0 is a Gaussian, and q's expected log-density under it is closed.
+
+    Args:
+        x_0: (M, *shape). y: (M, *y_shape) or None.
+    """
+    times = posterior.times.to(x_0.device)
+    k = torch.randint(posterior.steps, (len(x_0),), generator=generator, device=generator.device).to(x_0.device)
+    t, s = times[k], times[k + 1]
+    noise = torch.randn(x_0.shape, generator=generator, device=x_0.device, dtype=x_0.dtype)
+    x_t = posterior.schedule.add_noise(x_0, noise, t)
+    c_0, c_t, sd = posterior.schedule.reverse_step(t, s, posterior.prior.eta)
+    step = posterior.transition(x_t, t, s, y)
+    log_q = step.expected_log_prob(expand(c_0, x_t) * x_0 + expand(c_t, x_t) * x_t, sd.to(x_t.dtype))
+    return -log_q.mean() * posterior.steps / x_0[0].numel()
+
+
+@torch.no_grad()
+def score(posterior: Posterior, paths: Trajectory, chunk_size: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """log q(tau | y), log p(tau), beta log p(y | x_0) of paths, (N, B) each; what the roll-out already scored is not scored again."""
+    known = paths.x.new_empty((0, paths.x.shape[2])) if paths.log_prob is None else paths.log_prob
+    log_q = known
+    if len(known) < paths.x.shape[1]:
+        log_q = torch.cat([known, path_log_prob(posterior, paths.draws(slice(len(known), None)), chunk_size)])
+    log_p = path_log_prob(posterior.prior, paths, chunk_size)
+    return log_q, log_p, posterior.log_likelihood(paths.x_0, paths.y)
+
+
+def path_backward(
+    posterior: Posterior, paths: Trajectory, log_q: Tensor, loss: Callable[[Tensor], Tensor], *, chunk_size: int | None = None,
+    step_fraction: float = 1.0, generator: Generator | None = None,
+) -> Tensor:  # fmt: skip
+    """Accumulate the gradient of loss(log_q) in the posterior's parameters, chunk by chunk; returns the loss, detached.
+
+    Args:
+        paths: the paths that log_q (N, B) scores.
+        loss: a function of log_q; what else it depends on (log Z) gets its gradient too.
+        chunk_size: most states in one call of the network.
+        step_fraction: share in (0, 1] of the steps, drawn at random without replacement, that the gradient visits; the sum is scaled
+            up by its inverse, so the gradient is unbiased.
+    """
+    if not 0 < step_fraction <= 1:
+        raise ValueError(f"step_fraction must be in (0, 1], got {step_fraction!r}")
+    log_q = log_q.detach().requires_grad_()
+    value = loss(log_q)
+    value.backward()
+    weight, steps, scale = log_q.grad, None, 1.0
+    if step_fraction < 1:
+        count = max(1, round(step_fraction * paths.steps))
+        steps = torch.randperm(paths.steps, generator=generator, device=None if generator is None else generator.device)[:count]
+        scale = paths.steps / count
+    for k, n in chunks(paths, chunk_size, steps):
+        (scale * weight[n] * step_log_prob(posterior, paths, k, n)).sum().backward()
+    return value.detach()
