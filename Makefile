@@ -29,4 +29,4 @@ demo: .venv
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache
-	find rtb_inverse priors tasks tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+	find . -path ./.venv -prune -o -name __pycache__ -prune -exec rm -rf {} +

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from rtb_inverse.chains import Prior, measure_denoiser_error
 from rtb_inverse.checks import check_tensor
-from rtb_inverse.checkpoints import ERROR_FILE, load_model, load_weights, read_json, resolve_folder
+from rtb_inverse.checkpoints import ERROR_FILE, load_model, load_weights, read_json, resolve_folder, save_tensors, write_json
 from rtb_inverse.schedules import Schedule, expand, schedule_from_config
 
 MODELS = {"UNet2DModel": UNet2DModel, "UNet1DModel": UNet1DModel}
@@ -45,14 +45,14 @@ class DiffusersPrior(Prior):
 
     @classmethod
     def from_pretrained(
-        cls, folder_or_hub_id: str, steps: int | None = None, eta: float = 1.0, variance: str = "analytic", min_std: float = 0.01
+        cls, folder_or_hub_id: str | Path, steps: int | None = None, eta: float | None = None, variance: str | None = None, min_std: float | None = None
     ) -> "DiffusersPrior":
         """Load a pipeline folder (model_index.json with a `unet` and a `scheduler` folder), or a folder that holds one model's
         config.json beside a scheduler_config.json.
 
         Args:
             folder_or_hub_id: a local folder, or the id of a hub repository, which is downloaded.
-            steps: K; by default what the folder recommends (prior_config.json), else 20.
+            steps, eta, variance, min_std: of the chain; by default what the folder recommends (prior_config.json), else the constructor's.
 
         Raises:
             FileNotFoundError: a missing folder or file. ValueError: truncated weights, pickled weights, an unknown model or scheduler.
@@ -66,12 +66,10 @@ class DiffusersPrior(Prior):
         schedule = schedule_from_config(read_json(config_file))
         network = load_model(network_folder, MODELS)
         tables = load_weights(folder / ERROR_FILE) if (folder / ERROR_FILE).is_file() else {}
-        recommended = folder / "prior_config.json"
-        if steps is None:
-            steps = read_json(recommended)["steps"] if recommended.is_file() else 20
-        return cls(
-            network, schedule, steps, error_times=tables.get("times"), error=tables.get("error"), eta=eta, variance=variance, min_std=min_std
-        )
+        options = read_json(folder / "prior_config.json") if (folder / "prior_config.json").is_file() else {}
+        given = {"steps": steps, "eta": eta, "variance": variance, "min_std": min_std}
+        options |= {name: value for name, value in given.items() if value is not None}
+        return cls(network, schedule, error_times=tables.get("times"), error=tables.get("error"), **options)
 
     def train(self, mode: bool = True) -> "DiffusersPrior":
         return super().train(False)
@@ -100,3 +98,12 @@ class DiffusersPrior(Prior):
         check_tensor("x", x, self.shape)
         self._set_error(*measure_denoiser_error(self.schedule, self.denoise, x, knots, generator))
         return self
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the prior as `from_pretrained` reads it: unet/, scheduler/, the recommended steps, and the table of the denoiser's error."""
+        folder = Path(folder)
+        self.network.save_pretrained(folder / "unet")
+        write_json(self.schedule.config(), folder / "scheduler" / "scheduler_config.json")
+        write_json({"steps": self.steps, "eta": self.eta, "variance": self.variance, "min_std": self.min_std}, folder / "prior_config.json")
+        if self.error is not None:
+            save_tensors({"times": self.error_times, "error": self.error}, folder / ERROR_FILE)

@@ -9,14 +9,16 @@ posterior of a linear Gaussian measurement is another mixture: the exact posteri
 """
 
 import math
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from rtb_inverse.chains import Prior, measure_denoiser_error
+from rtb_inverse.checkpoints import WEIGHTS, load_into, load_weights, read_json, save_tensors, write_json
 from rtb_inverse.checks import check_positive
 from rtb_inverse.distributions import SeededDistribution
-from rtb_inverse.schedules import CLEAN, Schedule, VariancePreserving, expand
+from rtb_inverse.schedules import CLEAN, Schedule, VariancePreserving, expand, schedule_from_config
 
 
 class GaussianMixture(SeededDistribution):
@@ -181,6 +183,22 @@ class GaussianMixturePrior(Prior):
         return GaussianMixturePrior(
             log_weights.exp(), means, (covariances + covariances.mT) / 2, self.schedule, self.steps, self.eta, self.variance, self.min_std
         )
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the mixture (safetensors) and its chain's options."""
+        options = {"steps": self.steps, "eta": self.eta, "variance": self.variance, "min_std": self.min_std}
+        write_json({"_class_name": type(self).__name__, "schedule": self.schedule.config(), "options": options}, Path(folder) / "config.json")
+        save_tensors(self.state_dict(), Path(folder) / WEIGHTS)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "GaussianMixturePrior":
+        """Load what `save_pretrained` wrote."""
+        config, tensors = read_json(Path(folder) / "config.json"), load_weights(Path(folder) / WEIGHTS)
+        covariances = (tensors["basis"] * tensors["eigenvalues"][..., None, :]) @ tensors["basis"].mT
+        schedule = schedule_from_config(config["schedule"])
+        prior = cls(tensors["log_weights"].exp(), tensors["means"], covariances, schedule, **config["options"])
+        load_into(prior, tensors, Path(folder) / WEIGHTS)  # the very eigenvectors, so that densities are equal to the last bit
+        return prior
 
     @classmethod
     def random(cls, d: int, components: int = 25, seed: int = 0, dtype: torch.dtype = torch.float32, **options) -> "GaussianMixturePrior":

@@ -1,11 +1,12 @@
 """Folders in the layout of diffusers: config.json beside safetensors. Nothing here unpickles."""
 
+import importlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 ERROR_FILE = "denoiser_error.safetensors"
@@ -74,3 +75,87 @@ def load_into(module: nn.Module, weights: dict[str, Tensor], file: Path) -> None
         module.load_state_dict(weights)
     except RuntimeError as error:
         raise ValueError(f"{file} does not fit {type(module).__name__} as its config describes it: {error}") from error
+
+
+def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Write tensors as safetensors, by way of a temporary file, so that no half-written file is left under the name."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, partial)
+    partial.replace(file)
+
+
+def write_json(content: Mapping, file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def class_path(obj: object) -> str:
+    return f"{type(obj).__module__}.{type(obj).__qualname__}"
+
+
+def own_class(path: str) -> type:
+    """The class of a dotted path that lies in this project's packages; a config file may name no other."""
+    module, _, name = path.rpartition(".")
+    if module.split(".")[0] not in ("rtb_inverse", "priors", "tasks"):
+        raise ValueError(f"config.json names the class {path!r}, expected one of rtb_inverse, priors or tasks; pass prior= or problem= yourself")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"config.json names the class {path!r}, which does not exist ({error})") from error
+
+
+def save_posterior(posterior, folder: Path) -> None:
+    """See `Posterior.save_pretrained`."""
+    config = {
+        "_class_name": type(posterior).__name__,
+        "steps": posterior.steps,
+        "start": posterior.start,
+        "beta": posterior.beta,
+        "lora_rank": posterior.lora_rank,
+        "width": posterior.width,
+        "problem": {"class_path": class_path(posterior.problem), "config": posterior.problem.config},
+        "prior": class_path(posterior.prior) if hasattr(posterior.prior, "save_pretrained") else None,
+    }
+    if config["prior"]:
+        posterior.prior.save_pretrained(folder / "prior")
+    write_json(config, folder / "config.json")
+    save_tensors(posterior.weights(), folder / WEIGHTS)
+
+
+def load_posterior(cls, folder: Path, prior=None, problem=None, **options):
+    """See `Posterior.from_pretrained`."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"folder: no folder {str(folder)!r}, expected one that Posterior.save_pretrained wrote")
+    config, weights = read_json(folder / "config.json"), load_weights(folder / WEIGHTS)
+    if config.get("_class_name") != cls.__name__:
+        raise ValueError(f"{folder / 'config.json'} describes a {config.get('_class_name')!r}, expected a {cls.__name__}")
+    if prior is None:
+        if not config["prior"]:
+            raise ValueError(f"{folder} holds no prior; pass prior=")
+        prior = own_class(config["prior"]).from_pretrained(folder / "prior")
+    prior.set_steps(config["steps"])
+    if problem is None:
+        if config["problem"]["config"] is None:
+            raise ValueError(f"{folder} cannot rebuild the problem ({config['problem']['class_path']} is code); pass problem=")
+        held = {name.removeprefix("problem."): value for name, value in weights.items() if name.startswith("problem.")}
+        problem = own_class(config["problem"]["class_path"]).from_config(config["problem"]["config"], held)
+    posterior = cls(prior, problem, config["start"], config["beta"], lora_rank=config["lora_rank"], width=config["width"], **options)
+    load_posterior_weights(posterior, weights, folder / WEIGHTS)
+    return posterior
+
+
+def load_posterior_weights(posterior, weights: dict[str, Tensor], file: Path) -> None:
+    """Fill a posterior, prior apart; names and shapes must match."""
+    missing, unexpected = posterior.load_state_dict(weights, strict=False) if _shapes_match(posterior, weights, file) else ([], [])
+    missing = [name for name in missing if not name.startswith("prior.")]
+    if missing or unexpected:
+        raise ValueError(f"{file} does not fit this posterior: missing {missing[:3]}, unexpected {unexpected[:3]}")
+
+
+def _shapes_match(module: nn.Module, weights: dict[str, Tensor], file: Path) -> bool:
+    own = module.state_dict()
+    for name, value in weights.items():
+        if name in own and own[name].shape != value.shape:
+            raise ValueError(f"{file} does not fit this posterior: {name} has shape {tuple(value.shape)}, expected {tuple(own[name].shape)}")
+    return True

@@ -1,10 +1,11 @@
 r"""The trainable chain q(tau | y): a conditional copy of the prior's chain, and log Z(y)."""
 
-import math
+from pathlib import Path
 
 import torch
 from torch import Generator, Tensor, nn
 
+from rtb_inverse import checkpoints
 from rtb_inverse.chains import Chain, Prior, rollout
 from rtb_inverse.checks import check_choice, check_count, check_positive
 from rtb_inverse.guidance import Update, guidance
@@ -164,6 +165,28 @@ class Posterior(Chain):
         """y in the chain's device and dtype if it is a finite batch (B, *y_shape)."""
         y = self.problem.check_y(y)
         return y if y is None else y.to(self.gate.device, self.gate.dtype)
+
+    def weights(self) -> dict[str, Tensor]:
+        """State of everything but the prior."""
+        return {name: value for name, value in self.state_dict().items() if not name.startswith("prior.")}
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the posterior as a folder: config.json, safetensors, and its prior in prior/ (where that knows how to save itself)."""
+        checkpoints.save_posterior(self, Path(folder))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, prior: Prior | None = None, problem: InverseProblem | None = None, **options) -> "Posterior":
+        """Load what `save_pretrained` wrote.
+
+        Args:
+            folder: local.
+            prior, problem: needed only where the folder cannot rebuild them (a class of your own, an operator that is code).
+            options: what else the constructor took that is code (`network`).
+
+        Raises:
+            FileNotFoundError: missing folder or file. ValueError: weights that are truncated, pickled, or of another posterior.
+        """
+        return checkpoints.load_posterior(cls, Path(folder), prior, problem, **options)
 
     @torch.no_grad()
     def decode(self, x_0: Tensor) -> Tensor:

@@ -57,10 +57,12 @@ class InverseProblem(nn.Module):
 
     Attributes:
         shape, y_shape: shapes of one x and one y; known once `shape` is.
+        config: what `from_config` needs, beside the buffers, to rebuild the problem (JSON); None where only code can.
         mask: for operators that pick elements of x, the boolean mask of `shape` they pick; else None.
     """
 
-    mask: Tensor | None = None
+    mask: Tensor | None
+    config: dict | None = None
 
     def __init__(self, operator: Callable[[Tensor], Tensor] | Tensor, noise: nn.Module, shape=None, linear: bool | None = None):
         super().__init__()
@@ -68,12 +70,20 @@ class InverseProblem(nn.Module):
             raise TypeError(f"operator must be a callable or a matrix, got {type(operator).__name__}")
         self.operator = MatrixOperator(operator) if isinstance(operator, Tensor) else operator
         self.noise = noise
+        self.register_buffer("mask", None)
         self.linear = linear
         self.differentiable = True
         self.shape: torch.Size | None = None
         self.y_shape: torch.Size | None = None
+        if isinstance(operator, Tensor) and isinstance(noise, GaussianNoise):
+            self.config = {"noise_shape": list(noise.std.shape)}
         if shape is not None:
             self.bind(shape)
+
+    @classmethod
+    def from_config(cls, config: dict, weights: dict[str, Tensor]) -> "InverseProblem":
+        """Rebuild a matrix problem from its `config` and saved buffers."""
+        return cls(weights["operator.matrix"], GaussianNoise(weights["noise.std"].reshape(config["noise_shape"])))
 
     def bind(self, shape) -> "InverseProblem":
         """Fix the shape of x, and try the operator on two random x of that shape. Returns itself.
@@ -162,7 +172,7 @@ class Reward(InverseProblem):
     """
 
     def __init__(self, log_reward: Callable[[Tensor], Tensor], shape=None):
-        super().__init__(log_reward, nn.Identity(), shape)
+        super().__init__(log_reward, nn.Identity(), shape, linear=False)
 
     def _probe(self, shape):
         super()._probe(shape)

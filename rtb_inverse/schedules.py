@@ -10,7 +10,7 @@ x_t = a x_s + b n, a = alpha_t / alpha_s, b^2 = sigma_t^2 - a^2 sigma_s^2, the s
 Every negative time is the clean end: alpha = 1, sigma = 0.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Mapping
 
@@ -49,6 +49,10 @@ class Schedule:
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """alpha_t and sigma_t, float64, in the shape of t."""
+        raise NotImplementedError
+
+    def config(self) -> dict[str, Any]:
+        """A diffusers scheduler config from which `schedule_from_config` makes this schedule again."""
         raise NotImplementedError
 
     def times(self, steps: int) -> Tensor:
@@ -159,6 +163,12 @@ class VariancePreserving(Schedule):
             rescale_betas_zero_snr=self.rescale_betas_zero_snr,
         )
 
+    def config(self):
+        options = asdict(self)
+        clip = options.pop("clip_sample")
+        clipping = {"clip_sample": clip is not None} | ({} if clip is None else {"clip_sample_range": clip})
+        return {"_class_name": "DDPMScheduler", **options, **clipping, "thresholding": False}
+
     @cached_property
     def alphas_cumprod(self) -> Tensor:
         return self.scheduler.alphas_cumprod.double()
@@ -216,6 +226,9 @@ class VarianceExploding(Schedule):
     def network_time(self, t):
         return self.alpha_sigma(t)[1]
 
+    def config(self):
+        return {"_class_name": "ScoreSdeVeScheduler", **asdict(self)}
+
 
 @dataclass(frozen=True)
 class FlowMatching(Schedule):
@@ -246,6 +259,9 @@ class FlowMatching(Schedule):
     def network_time(self, t):
         return self.num_train_timesteps * t
 
+    def config(self):
+        return {"_class_name": "FlowMatchEulerDiscreteScheduler", **asdict(self)}
+
 
 def schedule_from_config(config: Mapping[str, Any] | SchedulerMixin) -> Schedule:
     """The schedule that a diffusers scheduler's config describes.
@@ -262,9 +278,10 @@ def schedule_from_config(config: Mapping[str, Any] | SchedulerMixin) -> Schedule
         config = {**config.config, "_class_name": type(config).__name__}
     name = str(config.get("_class_name"))
     if name == "ScoreSdeVeScheduler":
-        return VarianceExploding(config["sigma_min"], config["sigma_max"], config.get("prediction_type", "score"))
+        return VarianceExploding(config["sigma_min"], config["sigma_max"], config.get("prediction_type", "score"), config.get("clip_sample"))
     if name == "FlowMatchEulerDiscreteScheduler":
-        return FlowMatching(config.get("shift", 1.0), config.get("num_train_timesteps", 1000), config.get("prediction_type", "flow_prediction"))
+        prediction_type = config.get("prediction_type", "flow_prediction")
+        return FlowMatching(config.get("shift", 1.0), config.get("num_train_timesteps", 1000), prediction_type, config.get("clip_sample"))
     check_choice("scheduler", name, (*VARIANCE_PRESERVING, "ScoreSdeVeScheduler", "FlowMatchEulerDiscreteScheduler"))
     if config.get("thresholding"):
         raise ValueError("thresholding must be false, got true: dynamic thresholding has no Gaussian step density; expected clip_sample or none")

@@ -1,0 +1,124 @@
+"""Judge a posterior on held-out observations: numbers with standard errors, a JSON report, a picture."""
+
+import json
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Generator, Tensor
+
+from rtb_inverse.chains import Trajectory, path_log_prob, rollout
+from rtb_inverse.checks import check_count, check_tensor, check_writable
+from rtb_inverse.corrections import importance
+from rtb_inverse.diagnostics import Estimate, effective_sample_size, elbo, eubo, interval_coverage, interval_level, log_mean_weight, psnr
+from rtb_inverse.particles import Particles
+from rtb_inverse.posterior import Posterior
+
+LEVELS = (0.5, 0.8, 0.9)
+
+
+@dataclass
+class Observations:
+    """Held-out observations.
+
+    Attributes:
+        y: (B, *y_shape).
+        x: what made them, in data space, (B, *data_shape), where it is known.
+        paths: prior roll-outs that ended in x, where they are known: with them the EUBO is valid.
+    """
+
+    y: Tensor
+    x: Tensor | None = None
+    paths: Trajectory | None = None
+
+
+@dataclass
+class Report:
+    """What `evaluate` found.
+
+    Attributes:
+        numbers: name to mean over observations and its standard error.
+        draws: the draws that were judged, (N, B, *data_shape), with their path weights.
+        observations: those that were judged.
+        seconds: wall time of the evaluation.
+    """
+
+    numbers: dict[str, Estimate]
+    draws: Particles
+    observations: Observations
+    seconds: float
+    settings: dict = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name:>28}  {estimate}" for name, estimate in self.numbers.items())
+
+    def to_dict(self) -> dict:
+        numbers = {name: asdict(estimate) for name, estimate in self.numbers.items()}
+        return {"numbers": numbers, "settings": self.settings, "seconds": self.seconds}
+
+    def save(self, folder: str | Path, name: str = "report") -> None:
+        """Write `name`.json."""
+        file = check_writable("folder", folder) / f"{name}.json"
+        file.write_text(json.dumps(self.to_dict(), indent=2, allow_nan=True) + "\n")
+
+
+@torch.no_grad()
+def simulate_observations(posterior: Posterior, n: int, generator: Generator | None = None, progress: bool = False) -> Observations:
+    """n observations from the prior's own roll-outs: (path, x, y) draws of the joint distribution."""
+    paths = rollout(posterior.prior, check_count("n", n), None, generator, progress=progress)
+    x = posterior.decode(paths.x_0[:, 0])
+    y = posterior.problem.simulate(x, generator)
+    # one path for each of n observations: (K + 1, N = 1, B = n, *shape)
+    return Observations(y, x, Trajectory(paths.x.transpose(1, 2), paths.times, y))
+
+
+@torch.no_grad()
+def observe(posterior: Posterior, x: Tensor, generator: Generator | None = None) -> Observations:
+    """Observations of clean examples x, (B, *data_shape)."""
+    x = check_tensor("x", x, posterior.prior.data_shape).to(posterior.gate.device, posterior.gate.dtype)
+    return Observations(posterior.problem.simulate(x, generator), x)
+
+
+@torch.no_grad()
+def evaluate(
+    posterior: Posterior, observations: Observations | Tensor, n: int = 64, generator: Generator | None = None, *, chunk_size: int | None = 4096,
+    progress: bool = False,
+) -> Report:  # fmt: skip
+    """Judge a posterior.
+
+    Args:
+        observations: `Observations`, or just y (B, *y_shape).
+        n: draws per observation, at least 2.
+        chunk_size: most states in one scoring call.
+
+    Returns:
+        A `Report` with, averaged over observations: elbo <= log_z_is (a lower bound too, that rises with n) <= log Z <= eubo (where the
+        prior's paths are known), learned log_z, ess (of n), log_likelihood of the draws; where x is known: psnr of the posterior mean
+        (data range 2) and the coverage of central intervals, element by element ("coverage_90" should be `nominal_90`).
+    """
+    check_count("n", n, 2)
+    start = time.perf_counter()
+    held = observations if isinstance(observations, Observations) else Observations(observations)
+    y = posterior.check_y(held.y)
+    draws = importance(posterior, y, n, generator, chunk_size=chunk_size, progress=progress)
+    values = {
+        "elbo": elbo(draws.log_w),
+        "log_z_is": log_mean_weight(draws.log_w),
+        "log_z_learned": posterior.log_evidence(y).expand(len(y)),
+        "ess": effective_sample_size(draws.log_w),
+        "log_likelihood": posterior.problem.log_likelihood(draws.x, y).mean(0),
+    }
+    if held.paths is not None:
+        paths = held.paths
+        log_w = path_log_prob(posterior.prior, paths, chunk_size) + posterior.log_likelihood(paths.x_0, y)
+        values["eubo"] = eubo(log_w - path_log_prob(posterior, paths, chunk_size))
+    if held.x is not None:
+        values["log_likelihood_of_truth"] = posterior.problem.log_likelihood(held.x, y)
+        values["psnr"] = psnr(draws.x.mean(0), held.x)
+        for level in LEVELS:
+            values[f"coverage_{level * 100:.0f}"] = interval_coverage(draws.x, held.x, level)
+    numbers = {name: Estimate.of(value) for name, value in values.items()}
+    settings = {"observations": len(y), "draws": n, "steps": posterior.steps, "start": posterior.start}
+    settings |= {f"nominal_{level * 100:.0f}": interval_level(n, level) for level in LEVELS if held.x is not None}
+    return Report(numbers, draws, held, time.perf_counter() - start, settings)

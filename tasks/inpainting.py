@@ -1,0 +1,107 @@
+"""Inpainting: some elements of x are seen through noise, the others are hidden."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rtb_inverse.checks import check_tensor
+from rtb_inverse.problems import GaussianNoise, InverseProblem
+
+MASKS = ("box", "half", "random")
+
+
+def make_mask(kind: str, shape, hidden: float = 0.5, seed: int = 0) -> Tensor:
+    """A boolean mask of `shape`, True where x is seen; the same for all channels.
+
+    Args:
+        kind: "box" hides the central box of half the length along every spatial axis; "half" hides the second half of the first
+            spatial axis (the lower half of an image); "random" hides a share `hidden` of the positions, chosen by `seed`.
+        shape: of x: (d,), (C, L), (C, H, W), ...
+    """
+    shape = torch.Size(shape)
+    spatial = shape if len(shape) == 1 else shape[1:]
+    seen = torch.ones(spatial, dtype=torch.bool)
+    if kind == "box":
+        seen[tuple(slice(n // 4, n // 4 + n // 2) for n in spatial)] = False
+    elif kind == "half":
+        seen[spatial[0] // 2 :] = False
+    else:
+        order = torch.randperm(spatial.numel(), generator=torch.Generator().manual_seed(seed))
+        seen.view(-1)[order[: round(hidden * spatial.numel())]] = False
+    return seen.expand(shape).clone()
+
+
+def read_mask(mask, shape) -> Tensor:
+    """A mask that the user gave, as a boolean tensor of `shape`: a tensor, an array, nested lists, or the path of a .npy file or an image
+    (brighter than half is seen); of x's shape or of its spatial shape."""
+    if isinstance(mask, (str, Path)):
+        path = Path(mask)
+        if not path.is_file():
+            raise FileNotFoundError(f"mask must be one of {', '.join(MASKS)}, an array or the path of a file, got {str(mask)!r}, which is none")
+        if path.suffix == ".npy":
+            mask = np.load(path, allow_pickle=False)
+        else:
+            from PIL import Image
+
+            mask = np.asarray(Image.open(path).convert("L")) > 127
+    mask = torch.as_tensor(mask)
+    if mask.dtype.is_floating_point or mask.dtype.is_complex or not bool(((mask == 0) | (mask == 1)).all()):
+        raise TypeError(f"mask must be boolean (True where x is seen) or integers 0 and 1, got dtype {mask.dtype}")
+    if tuple(mask.shape) not in (tuple(shape), tuple(shape[1:])):
+        raise ValueError(f"mask must have shape {tuple(shape)} or {tuple(shape[1:])}, got {tuple(mask.shape)}")
+    return mask.bool().expand(shape).clone()
+
+
+class Inpainting(InverseProblem):
+    """y = x[mask] + noise_std n: y is the vector of the m seen elements, (B, m). `observed` takes it from an image.
+
+    Args:
+        shape: of x.
+        mask: "box", "half", "random" (see `make_mask`), or a mask of your own, True where x is seen (see `read_mask`).
+        noise_std: standard deviation of the noise, > 0, in the units of x.
+        hidden, seed: of the random mask.
+
+    Raises:
+        ValueError: noise_std <= 0; a mask of another shape, or one that sees nothing. TypeError: a mask that is not boolean.
+    """
+
+    def __init__(self, shape, mask="box", noise_std: float = 0.1, hidden: float = 0.5, seed: int = 0):
+        shape = torch.Size(shape)
+        if not 0 <= hidden < 1:
+            raise ValueError(f"hidden must be in [0, 1), got {hidden!r}")
+        seen = make_mask(mask, shape, hidden, seed) if isinstance(mask, str) and mask in MASKS else read_mask(mask, shape)
+        if not seen.any():
+            raise ValueError("mask must see at least one element of x, got a mask that is False everywhere")
+        super().__init__(self.observed, GaussianNoise(noise_std), linear=True)
+        self.register_buffer("mask", seen)
+        self.config = {"noise_std": float(noise_std), "shape": list(shape)}
+        self.bind(shape)
+
+    def observed(self, image: Tensor) -> Tensor:
+        """The seen elements of images (..., *shape): (..., m)."""
+        return image[..., self.mask]
+
+    def image(self, y: Tensor, fill: float = 0.0) -> Tensor:
+        """y (..., m) laid out on x's grid, with `fill` where x is hidden: (..., *shape)."""
+        image = y.new_full((*y.shape[:-1], *self.mask.shape), fill)
+        image[..., self.mask] = y
+        return image
+
+    def condition(self, y):
+        """The seen image, with zeros elsewhere, and the mask as one more channel: (B, C + 1, *spatial); (B, d) for x of shape (d,)."""
+        image = self.image(y)
+        if len(self.shape) == 1:
+            return image
+        return torch.cat([image, self.mask[:1].to(image.dtype).expand(len(y), 1, *self.shape[1:])], 1)
+
+    def check_y(self, y):
+        if isinstance(y, Tensor) and y.shape[-len(self.shape) :] == self.shape:
+            raise ValueError(f"y must have shape (B, {self.y_shape[0]}), the seen elements, got {tuple(y.shape)}: take them with problem.observed(y)")
+        return check_tensor("y", y, self.y_shape)
+
+    @classmethod
+    def from_config(cls, config: dict, weights: dict[str, Tensor]) -> "Inpainting":
+        """Rebuild from `config` and the saved mask."""
+        return cls(config["shape"], weights["mask"], config["noise_std"])

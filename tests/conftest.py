@@ -1,0 +1,119 @@
+"""Tiny untrained priors and z-scores. Every test seeds its own `torch.Generator`; nothing here touches the global random state for good."""
+
+import os
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, UNet1DModel, UNet2DModel
+
+from priors import DiffusersPrior, GaussianMixturePrior
+from rtb_inverse.schedules import FlowMatching, VarianceExploding, VariancePreserving
+
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # tiny tensors: more threads only wait for each other
+
+# One of each kind; the variance-preserving one is that of the tiny scheduler below.
+SCHEDULES = {
+    "vp": VariancePreserving(beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing", prediction_type="v_prediction"),
+    "ve": VarianceExploding(sigma_min=0.05, sigma_max=20.0),
+    "flow": FlowMatching(shift=2.0),
+}
+PRIORS = ("mixture", "unet2d", "unet1d")
+
+
+def make_network(kind: str) -> torch.nn.Module:
+    """An untrained network with seeded weights, its last convolution drawn wide enough to matter."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if kind == "unet2d":
+            network = UNet2DModel(
+                sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4,
+                down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"), add_attention=False,
+            )  # fmt: skip
+            torch.nn.init.normal_(network.conv_out.weight, std=0.3)
+            return network
+        return UNet1DModel(
+            sample_size=16, in_channels=2, out_channels=2, block_out_channels=(32, 32), layers_per_block=1, time_embedding_dim=8, extra_in_channels=8,
+            down_block_types=("DownBlock1DNoSkip", "DownBlock1D"), up_block_types=("UpBlock1D", "UpBlock1DNoSkip"),
+        )  # fmt: skip
+
+
+def make_scheduler() -> DDPMScheduler:
+    return DDPMScheduler(
+        beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", timestep_spacing="trailing", clip_sample=False
+    )  # fmt: skip
+
+
+def make_diffusers_prior(kind: str, schedule=None, steps: int = 4, measured: bool = True, dtype=torch.float32, **options) -> DiffusersPrior:
+    prior = DiffusersPrior(make_network(kind).to(dtype), schedule or make_scheduler(), steps, **options)
+    if measured:
+        generator = torch.Generator().manual_seed(1)
+        prior.measure_error(torch.randn((16, *prior.shape), generator=generator).to(dtype), 8, generator)
+    return prior
+
+
+def make_mixture(d: int = 3, components: int = 4, steps: int = 4, seed: int = 0, **options) -> GaussianMixturePrior:
+    return GaussianMixturePrior.random(d, components, seed, torch.float64, steps=steps, **options)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def make_prior():
+    """make_prior(kind, schedule=None, steps=4, **options): mixtures in float64, networks in float32 unless `dtype` is given."""
+
+    def make(kind: str, schedule=None, steps: int = 4, **options):
+        if kind == "mixture":
+            return make_mixture(schedule=schedule, steps=steps, **options)
+        return make_diffusers_prior(kind, schedule, steps, **options)
+
+    return make
+
+
+@pytest.fixture(params=PRIORS)
+def prior(request, make_prior):
+    """Each kind of prior in turn."""
+    return make_prior(request.param)
+
+
+@pytest.fixture(params=SCHEDULES)
+def schedule(request):
+    """Each kind of schedule in turn."""
+    return SCHEDULES[request.param]
+
+
+@pytest.fixture
+def unet2d_prior():
+    return make_diffusers_prior("unet2d")
+
+
+@pytest.fixture
+def unet1d_prior():
+    return make_diffusers_prior("unet1d")
+
+
+@pytest.fixture
+def mixture_prior():
+    return make_mixture()
+
+
+@pytest.fixture
+def scheduler():
+    return make_scheduler()
+
+
+@pytest.fixture
+def assert_mean():
+    """assert_mean(samples, expected): the mean over the first axis is `expected` within `limit` of its own standard errors, elementwise.
+    At the default limit a correct sampler fails one element in 150,000; the tests make fewer comparisons than that."""
+
+    def check(samples: torch.Tensor, expected, limit: float = 4.5):
+        samples = samples.double()
+        error = samples.std(0) / len(samples) ** 0.5
+        z = (samples.mean(0) - torch.as_tensor(expected, dtype=torch.float64)) / error
+        assert bool((error > 0).all()), "the samples do not vary"
+        assert float(z.abs().max()) < limit, f"largest |z| = {float(z.abs().max()):.2f}"
+
+    return check
