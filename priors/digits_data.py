@@ -16,6 +16,12 @@ def digits(held_out: bool = False) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(data.images[part] / 8 - 1).float()[:, None], torch.from_numpy(data.target[part])
 
 
+def held_out_digits() -> Tensor:
+    """The images of `digits(held_out=True)`, in an order that mixes the classes, (300, 1, 8, 8)."""
+    images = digits(held_out=True)[0]
+    return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
+
+
 class DigitsData(LightningDataModule):
     """Digits for training a prior; validation on the held-out ones.
 

@@ -5,6 +5,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -83,6 +85,21 @@ def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
     partial = file.with_suffix(".partial")
     save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, partial)
     partial.replace(file)
+
+
+def load_array(name: str, file: Path) -> Tensor:
+    """One tensor from a .npy or a .safetensors file (its tensor `name`, or its only one)."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{name}: no file {str(file)!r}, expected a .npy or .safetensors file")
+    if file.suffix == ".npy":
+        try:
+            return torch.from_numpy(np.load(file, allow_pickle=False))
+        except ValueError as error:
+            raise ValueError(f"{name}: {file} is not a plain .npy array ({error})") from error
+    tensors = load_weights(file)
+    if name not in tensors and len(tensors) != 1:
+        raise ValueError(f"{name}: {file} holds {sorted(tensors)}, expected one tensor or one of the name {name!r}")
+    return tensors.get(name, next(iter(tensors.values())))
 
 
 def write_json(content: Mapping, file: Path) -> None:

@@ -12,7 +12,7 @@ def main(args: list[str] | None = None) -> LightningCLI:
         subclass_mode_model=True,
         subclass_mode_data=True,
         seed_everything_default=0,
-        save_config_kwargs={"overwrite": True},
+        save_config_callback=None,
         auto_configure_optimizers=False,
         args=args,
     )

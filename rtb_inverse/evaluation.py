@@ -122,3 +122,19 @@ def evaluate(
     settings = {"observations": len(y), "draws": n, "steps": posterior.steps, "start": posterior.start}
     settings |= {f"nominal_{level * 100:.0f}": interval_level(n, level) for level in LEVELS if held.x is not None}
     return Report(numbers, draws, held, time.perf_counter() - start, settings)
+
+
+def save_panel(posterior: Posterior, report: Report, file: str | Path, rows: int = 6, columns: int = 8) -> bool:
+    """Draw truth, observation, mean, standard deviation and draws, for x of shape (C, H, W); returns whether there was something to draw.
+    What was observed is shown through `problem.image` where it has one (inpainting), else through the first channels of `condition`."""
+    shape = posterior.prior.data_shape
+    if len(shape) != 3 or shape[0] not in (1, 3):
+        return False
+    from rtb_inverse.plots import posterior_panel
+
+    y, x = report.observations.y[:rows], report.observations.x
+    draws = report.draws.x[:, :rows]
+    problem = posterior.problem
+    observed = problem.image(y, fill=float("nan")) if hasattr(problem, "image") else problem.condition(y)[:, : shape[0]]
+    posterior_panel(observed, draws.mean(0), draws.std(0), draws[:columns], file, None if x is None else x[:rows])
+    return True

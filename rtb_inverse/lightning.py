@@ -1,21 +1,24 @@
 """Training a posterior with lightning: wiring only. The mathematics is in `training`, `objectives` and `behaviours`."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
+from rtb_inverse import checkpoints
 from rtb_inverse.averaging import ExponentialMovingAverage
 from rtb_inverse.behaviours import ObservationStore, Pool, check_weights, mixture
+from rtb_inverse.chains import rollout
 from rtb_inverse.checks import check_choice, check_count, check_positive, check_tensor, check_writable
+from rtb_inverse.evaluation import evaluate, observe, save_panel, simulate_observations
 from rtb_inverse.objectives import group_log_z, half_square, rtb, vargrad, wake_sleep
 from rtb_inverse.posterior import Posterior
 from rtb_inverse.training import denoising_loss, path_backward, score
-from rtb_inverse.chains import rollout
 
 OBJECTIVES = ("rtb", "vargrad", "wake_sleep")
 
@@ -42,7 +45,8 @@ class PosteriorTraining(LightningModule):
         step_fraction, chunk_size: see `training.path_backward`.
         refresh: every how many steps the pool grows; in a wake-sleep warm start, every how many steps new draws enter the buffer.
         output: folder for the finished posterior; tried before any work. None: nothing is written.
-        seed: of all randomness in training.
+        test_draws: draws per observation in test and predict.
+        seed: of all randomness.
     """
 
     def __init__(
@@ -50,7 +54,7 @@ class PosteriorTraining(LightningModule):
         behaviours: dict[str, float] | None = None, extra_noise: float = 0.0, states: int = 256, observations: int = 8, draws: int = 8,
         lr: float = 1e-3, lr_rtb: float = 1e-4, lr_log_z: float = 1e-2, clip: float | None = 10.0, max_grad_norm: float = 1.0,
         ema_decay: float = 0.999, pool: int = 8192, pool_start: int = 1024, pool_growth: int = 256, slots: int = 256, capacity: int = 32,
-        step_fraction: float = 1.0, chunk_size: int | None = 1024, refresh: int = 20, output: str | None = None, seed: int = 0,
+        step_fraction: float = 1.0, chunk_size: int | None = 1024, refresh: int = 20, output: str | None = None, test_draws: int = 64, seed: int = 0,
     ):  # fmt: skip
         super().__init__()
         self.automatic_optimization = False
@@ -86,7 +90,9 @@ class PosteriorTraining(LightningModule):
         self.y = y
         self.pool: Pool | None = None
         self.store: ObservationStore | None = None
+        self.test_draws = check_count("test_draws", test_draws, 2)
         self._restored: dict | None = None
+        self._loaded = False
 
     # Sources of paths -------------------------------------------------------------------------------------------------------------
 
@@ -97,6 +103,7 @@ class PosteriorTraining(LightningModule):
         if self.fixed:
             y = None if self.y is None else self.posterior.check_y(self.y.to(self.device))
             self.store = ObservationStore(self.posterior.shape, y, capacity=max(self.capacity, 4096), options=options)
+        self._loaded = False
         if self._restored is not None:
             self._restore(self._restored)
             return
@@ -179,6 +186,46 @@ class PosteriorTraining(LightningModule):
     def _insert(self, index: Tensor, x_0: Tensor) -> None:
         self.store.insert(index, x_0, self.posterior.log_likelihood(x_0, self.store.observations(index)))
 
+    # Test and predict --------------------------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        if stage in ("test", "predict") and not self._loaded:
+            if self.output is None or not (self.output / checkpoints.WEIGHTS).is_file():
+                raise FileNotFoundError(f"output must be a folder with a trained posterior, got {str(self.output)!r}: run fit first, or give --ckpt_path")
+            file = self.output / checkpoints.WEIGHTS
+            checkpoints.load_posterior_weights(self.posterior, checkpoints.load_weights(file), file)
+
+    def on_test_start(self):
+        self._load_averages()
+
+    def on_predict_start(self):
+        self._load_averages()
+
+    def _load_averages(self) -> None:
+        """A checkpoint holds the running weights; judge the averaged ones."""
+        if self._loaded:
+            self.ema.swap()
+            self._loaded = False
+
+    def test_step(self, batch, index):
+        name, source = batch
+        generator = torch.Generator(self.device).manual_seed(self.seed + 1 + index)
+        held = simulate_observations(self.posterior, source, generator) if name == "simulated" else observe(self.posterior, source, generator)
+        report = evaluate(self.posterior, held, self.test_draws, generator, chunk_size=self.chunk_size)
+        print(f"\n{name} observations ({len(held.y)}, {self.test_draws} draws each)\n{report}", flush=True)
+        self.log_dict({f"{name}/{key}": estimate.value for key, estimate in report.numbers.items()}, batch_size=len(held.y))
+        if self.output is not None:
+            report.save(self.output, f"report_{name}")
+            save_panel(self.posterior, report, self.output / f"panel_{name}.png")
+
+    def predict_step(self, batch, index):
+        y = self.posterior.check_y(batch)
+        draws = self.posterior.sample(y, self.test_draws, torch.Generator(self.device).manual_seed(self.seed + 1))
+        if self.output is not None:
+            checkpoints.save_tensors({"x": draws.x, "log_w": draws.log_w, "y": y}, self.output / "samples.safetensors")
+            print(f"{tuple(draws.x.shape)} draws (N, B, *shape) in {self.output / 'samples.safetensors'}")
+        return draws
+
     # Optimisation -----------------------------------------------------------------------------------------------------------------
 
     def configure_optimizers(self):
@@ -214,7 +261,7 @@ class PosteriorTraining(LightningModule):
         for name, value in self.state_dict().items():
             if name.startswith("posterior.prior."):
                 checkpoint["state_dict"][name] = value
-        self._restored = checkpoint["sources"]
+        self._restored, self._loaded = checkpoint["sources"], True
 
     def _restore(self, sources: dict) -> None:
         self.generator.set_state(sources["generator"].cpu())
@@ -228,22 +275,46 @@ class PosteriorTraining(LightningModule):
         self._restored = None
 
 
-class Steps(LightningDataModule):
-    """A stream of step numbers: the training draws its own paths.
+class ObservationData(LightningDataModule):
+    """What a posterior is fed: a stream of step numbers in `fit` (the training draws its own paths), held-out observations in `test`,
+    the user's observations in `predict`.
 
     Args:
-        y: observations to draw for in `predict` and `test`, (B, *y_shape).
+        simulated: how many observations `test` simulates from the prior's own draws.
+        held_out: clean examples for `test`, from which as many observations are simulated as it holds, at most `simulated`: a tensor
+            (M, *data_shape), the path of a .npy or .safetensors file, or a function without arguments that gives one of them.
+        y: observations for `predict`, (B, *y_shape): a tensor or the path of a .npy or .safetensors file.
     """
 
-    def __init__(self, y: Tensor | None = None):
+    def __init__(self, simulated: int = 64, held_out: Tensor | str | Callable | None = None, y: Tensor | str | None = None):
         super().__init__()
-        self.y = None if y is None else check_tensor("y", y)
+        self.simulated = check_count("simulated", simulated)
+        self.held_out, self.y = held_out, None if y is None else read_tensor("y", y)
 
     def train_dataloader(self):
         return DataLoader(range(10**9), batch_size=None)
 
+    def test_dataloader(self):
+        sources = [("simulated", self.simulated)]
+        if self.held_out is not None:
+            sources.append(("held_out", read_tensor("held_out", self.held_out)[: self.simulated]))
+        return DataLoader(sources, batch_size=None, collate_fn=lambda source: source)
+
     def predict_dataloader(self):
-        return DataLoader(TensorDataset(self.y), len(self.y))
+        if self.y is None:
+            raise ValueError("y must name a .npy or .safetensors file of observations for predict, got None (data.init_args.y)")
+        return DataLoader([self.y], batch_size=None)
+
+
+def read_tensor(name: str, source) -> Tensor:
+    """A float32 tensor from a tensor, an array file, or a function that gives one (or a tuple that starts with one)."""
+    if callable(source):
+        source = source()
+    if isinstance(source, (tuple, list)):
+        source = source[0]
+    if isinstance(source, (str, Path)):
+        source = checkpoints.load_array(name, Path(source))
+    return check_tensor(name, source).float()
 
 
 def fit(
@@ -266,5 +337,5 @@ def fit(
     module = PosteriorTraining(posterior, y, data, seed=seed, **options)
     settings = {"accelerator": "cpu" if posterior.gate.device.type == "cpu" else "auto", "devices": 1, "logger": False, "enable_checkpointing": False}
     settings |= {"enable_model_summary": False, "enable_progress_bar": progress, "callbacks": [TQDMProgressBar()] if progress else []}
-    Trainer(max_steps=steps, **(settings | (trainer or {}))).fit(module, Steps())
+    Trainer(max_steps=steps, **(settings | (trainer or {}))).fit(module, ObservationData())
     return posterior

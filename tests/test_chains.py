@@ -359,7 +359,12 @@ def test_rollout_repeats_with_its_generator_only(path):
     first, second, other = (rollout(chain, 2, generator=torch.Generator().manual_seed(seed)).x for seed in (3, 3, 4))
     assert torch.equal(first, second) and not torch.equal(first, other)
     assert torch.equal(torch.random.get_rng_state(), state)
-    assert torch.equal(chain.sample(2, torch.Generator().manual_seed(3)), first[-1][:, 0])
+
+
+def test_sample_is_the_end_of_a_rollout(unet2d_prior):
+    x = unet2d_prior.sample(2, torch.Generator().manual_seed(3))
+    assert torch.equal(x, rollout(unet2d_prior, 2, generator=torch.Generator().manual_seed(3)).x_0[:, 0])
+    assert x.shape == (2, 1, 8, 8) and not x.requires_grad
 
 
 def test_rollout_from_a_level(path, generator):
