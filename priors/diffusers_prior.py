@@ -7,8 +7,8 @@ from diffusers import UNet1DModel, UNet2DModel
 from torch import Tensor, nn
 
 from rtb_inverse.chains import Prior, measure_denoiser_error
-from rtb_inverse.checks import check_tensor
 from rtb_inverse.checkpoints import ERROR_FILE, load_model, load_weights, read_json, resolve_folder, save_tensors, write_json
+from rtb_inverse.checks import check_tensor
 from rtb_inverse.schedules import Schedule, expand, schedule_from_config
 
 MODELS = {"UNet2DModel": UNet2DModel, "UNet1DModel": UNet1DModel}

@@ -26,7 +26,7 @@ class Pool:
 
     Args:
         posterior: its prior draws x_0; its problem simulates y.
-        size: how many draws to keep; the oldest give way.
+        size: at most so many draws.
         data: clean examples (M, *shape) to use in place of the prior's draws.
     """
 
@@ -61,8 +61,8 @@ class ObservationStore:
 
     Args:
         y: (S, *y_shape); None for a reward without observation (S = 1).
-        x: (S, *shape), the x that made each y; where given it is the first x_0 of its buffer (it is a posterior draw).
-        capacity: M.
+        x: (S, *shape), the x that made each y; where given it is the first x_0 of its buffer (it is a posterior draw) and stays there.
+        capacity: M; at least 2 where x is given.
         uniform: weight of the uniform floor, in [0, 1].
     """
 
@@ -71,7 +71,7 @@ class ObservationStore:
             raise ValueError(f"uniform must be in [0, 1], got {uniform!r}")
         slots = 1 if y is None else len(y)
         options = options or ({} if y is None else {"device": y.device, "dtype": y.dtype})
-        self.y, self.capacity, self.uniform = y, check_count("capacity", capacity), uniform
+        self.y, self.capacity, self.uniform = y, check_count("capacity", capacity, 1 if x is None else 2), uniform
         self.x_0 = torch.zeros((slots, capacity, *shape), **options)
         self.log_reward = torch.full((slots, capacity), -torch.inf, **options)
         self.cursor = torch.zeros(slots, dtype=torch.long, device=self.x_0.device)
@@ -99,11 +99,13 @@ class ObservationStore:
 
     def insert(self, index: Tensor, x_0: Tensor, log_reward: Tensor) -> None:
         """Add x_0 (N, B, *shape) with log-rewards (N, B) to the buffers of `index` (B,)."""
-        for x, reward in zip(x_0[-self.capacity :], log_reward[-self.capacity :]):
-            slot = self.cursor[index] % self.capacity
-            self.x_0[index, slot] = x
-            self.log_reward[index, slot] = reward.nan_to_num(nan=-torch.inf)
-            self.cursor[index] += 1
+        kept = int(self.truth)  # the x that made y is never overwritten: `simulated` relies on it
+        x_0, log_reward = x_0[kept - self.capacity :], log_reward[kept - self.capacity :]
+        age = self.cursor[index] + torch.arange(len(x_0), device=self.cursor.device)[:, None]
+        slot = torch.where(age < self.capacity, age, kept + (age - kept) % (self.capacity - kept))
+        self.x_0[index.expand_as(slot), slot] = x_0
+        self.log_reward[index.expand_as(slot), slot] = log_reward.where(~log_reward.isnan(), -torch.inf)
+        self.cursor[index] += len(x_0)
 
     def good(self, index: Tensor, n: int, generator: Generator) -> Tensor:
         """n draws x_0 from each buffer, by reward with a floor: (n, B, *shape)."""

@@ -31,7 +31,7 @@ def check_choice(name: str, value, choices) -> str:
 
 
 def check_tensor(name: str, value, event_shape=None, batch: bool = True) -> Tensor:
-    """Return `value` if it is a finite, floating-point tensor, of shape (*batch, *event_shape), with a batch that is not empty."""
+    """Return `value` if it is a finite, floating-point tensor of shape (B, *event_shape), B >= 1 (event_shape alone where `batch` is false)."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if not value.is_floating_point():
@@ -39,7 +39,7 @@ def check_tensor(name: str, value, event_shape=None, batch: bool = True) -> Tens
     if event_shape is not None:
         event_shape = tuple(event_shape)
         head = value.ndim - len(event_shape)
-        if head < int(batch) or tuple(value.shape[head:]) != event_shape:
+        if head != int(batch) or tuple(value.shape[head:]) != event_shape:
             expected = (("B",) if batch else ()) + event_shape
             raise ValueError(f"{name} must have shape ({', '.join(map(str, expected))}), got {tuple(value.shape)}")
     if value.numel() == 0:

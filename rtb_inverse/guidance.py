@@ -62,7 +62,7 @@ class DenseGuidance(nn.Module):
         zero = torch.zeros((1, *problem.shape), device=problem.noise.std.device, dtype=next(own, torch.get_default_dtype()))
         offset = problem(zero)[0].flatten()
         columns = torch.eye(zero.numel(), device=zero.device, dtype=zero.dtype).reshape(-1, *problem.shape)
-        matrix = torch.stack([column for part in columns.split(256) for column in problem(part).reshape(len(part), -1) - offset], 1).detach()
+        matrix = torch.cat([problem(part).reshape(len(part), -1) - offset for part in columns.split(256)]).T.detach()
         std = problem.noise.std.expand(problem.y_shape).flatten()
         self.event_dim = len(problem.shape)
         U, S, Vh = torch.linalg.svd((matrix / std[:, None]).double(), full_matrices=False)
@@ -75,8 +75,8 @@ class DenseGuidance(nn.Module):
         level = error.flatten(error.ndim - self.event_dim).mean(-1, keepdim=True)
         shrink = 1 / (level * self.singular**2 + 1)
         basis, whiten, offset = (c.to(x_0.dtype) for c in (self.basis, self.whiten, self.offset))
-        residual = (y.reshape(len(y), -1) - offset) @ whiten.T - x_0.flatten(x_0.ndim - self.event_dim) @ basis * self.singular.to(x_0.dtype)
-        move = (level * self.singular * shrink).to(x_0.dtype) * residual
+        known = x_0.flatten(x_0.ndim - self.event_dim) @ basis * self.singular.to(x_0.dtype)
+        move = (level * self.singular * shrink).to(x_0.dtype) * ((y.reshape(len(y), -1) - offset) @ whiten.T - known)
         return Update((move @ basis.T).reshape(x_0.shape), shrink, basis)
 
 

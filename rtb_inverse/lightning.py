@@ -15,8 +15,9 @@ from rtb_inverse.averaging import ExponentialMovingAverage
 from rtb_inverse.behaviours import ObservationStore, Pool, check_weights, mixture
 from rtb_inverse.chains import rollout
 from rtb_inverse.checks import check_choice, check_count, check_positive, check_tensor, check_writable
+from rtb_inverse.diagnostics import log_mean_weight
 from rtb_inverse.evaluation import evaluate, observe, save_panel, simulate_observations
-from rtb_inverse.objectives import group_log_z, half_square, rtb, vargrad, wake_sleep
+from rtb_inverse.objectives import half_square, rtb, vargrad, wake_sleep
 from rtb_inverse.posterior import Posterior
 from rtb_inverse.training import denoising_loss, path_backward, score
 
@@ -40,7 +41,7 @@ class PosteriorTraining(LightningModule):
         extra_noise: of on-policy paths at the beginning of the RTB phase, as a share of each step's standard deviation; falls linearly to 0.
         lr, lr_rtb, lr_log_z: peak learning rates of the chain in the warm start and in the RTB phase, and of log Z(y).
         clip: Huber threshold of the residual, in nats; null for none (`objectives.half_square`).
-        pool: how many prior draws to keep for simulation, of which `pool_start` are drawn before the first step and `pool_growth` every `refresh` steps.
+        pool: how many prior draws to keep for simulation (draws of the posterior, in a wake-sleep warm start), of which `pool_start` are drawn before the first step and `pool_growth` every `refresh` steps.
         slots: observations kept with replay buffers of `capacity` x_0 each (amortised mode); a quarter of the chosen ones is renewed at each step.
         step_fraction, chunk_size: see `training.path_backward`.
         refresh: every how many steps the pool grows; in a wake-sleep warm start, every how many steps new draws enter the buffer.
@@ -102,7 +103,7 @@ class PosteriorTraining(LightningModule):
         options = self.posterior.prior._options()
         if self.fixed:
             y = None if self.y is None else self.posterior.check_y(self.y.to(self.device))
-            self.store = ObservationStore(self.posterior.shape, y, capacity=max(self.capacity, 4096), options=options)
+            self.store = ObservationStore(self.posterior.shape, y, capacity=self.pool_options["size"], options=options)
         self._loaded = False
         if self._restored is not None:
             self._restore(self._restored)
@@ -145,7 +146,7 @@ class PosteriorTraining(LightningModule):
     def _gather(self, step: int) -> None:
         """Draws of the averaged posterior enter the buffer as often as their exact path weights say."""
         self.ema.swap()
-        paths = rollout(self.posterior, self.capacity if step else 4 * self.capacity, None, self.generator)
+        paths = rollout(self.posterior, self.pool_growth if step else self.pool_start, None, self.generator)
         log_q, log_p, log_lik = score(self.posterior, paths, self.chunk_size)
         self.ema.swap()
         weights = (log_p + log_lik - log_q)[:, 0].softmax(0)
@@ -168,15 +169,16 @@ class PosteriorTraining(LightningModule):
         if fresh:
             self._insert(index, paths.x_0[:fresh])
         log_z = posterior.log_evidence(paths.y)
-        self.log_dict({"log_z": log_z.mean(), "elbo": (log_p + log_lik - log_q)[: fresh or None].mean()}, prog_bar=True)
+        log_w = log_p + log_lik - log_q
+        estimate = log_mean_weight(log_w[:fresh]) if fresh else log_w.mean(0)
+        self.log_dict({"log_z": log_z.mean(), "elbo": log_w[: fresh or None].mean()}, prog_bar=True)
 
         def loss(log_q):
             if self.objective == "rtb":
                 return rtb(log_q, log_p, log_lik, log_z, self.clip)
-            estimate = group_log_z(log_q, log_p, log_lik)
             follow = half_square(log_z - estimate, self.clip)
             if self.objective == "wake_sleep":
-                return wake_sleep(log_q, log_p + log_lik - log_q) + follow
+                return wake_sleep(log_q, log_w) + follow
             return vargrad(log_q, log_p, log_lik, self.clip) + follow
 
         return path_backward(

@@ -158,9 +158,10 @@ class LogZ(nn.Module):
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(()))
         self.pool = nn.AdaptiveAvgPool1d(min(features, 1024)) if features > 1024 else nn.Identity()
-        width_in = min(features, 1024)
-        layers = [nn.Linear(width_in, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), zero(nn.Linear(width, 1))]
-        self.layers = nn.Sequential(*layers) if features else None
+        self.layers = None
+        if features:
+            first = nn.Linear(min(features, 1024), width)
+            self.layers = nn.Sequential(first, nn.SiLU(), nn.Linear(width, width), nn.SiLU(), zero(nn.Linear(width, 1)))
 
     def forward(self, condition: Tensor | None) -> Tensor:
         """(B, ...) to (B,); None to (1,)."""

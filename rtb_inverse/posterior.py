@@ -80,7 +80,8 @@ class Posterior(Chain):
         y = torch.zeros((512, 0), **self.prior._options())
         if self.amortised:
             y = self.problem.condition(self.problem.simulate(self.prior.decode(x), generator))
-        return ResidualMLP(x.mean(0), x.std(0) + 1e-6, y.mean(0), y.std(0) + 1e-6, self.width)
+        y_std = y.std(0) if self.amortised else y[0]
+        return ResidualMLP(x.mean(0), x.std(0) + 1e-6, y.mean(0), y_std + 1e-6, self.width)
 
     def train(self, mode: bool = True) -> "Posterior":
         return super().train(False)  # a density must not depend on dropout
@@ -102,12 +103,13 @@ class Posterior(Chain):
         return self.log_z(None if y is None else self.problem.condition(y))
 
     def _error(self, t: Tensor) -> Tensor:
-        """r_t^2, (*t.shape, *shape); where the prior does not know it, that of x_0 ~ N(0, I)."""
+        """beta r_t^2, (*t.shape, *shape), r_t^2 that of x_0 ~ N(0, I) where the prior does not know it. (p(y | x)^beta has noise
+        variance sigma^2 / beta: to the update, that is beta times the error.)"""
         error = self.prior.denoiser_error(t)
         if error is None:
             alpha, sigma = self.schedule.alpha_sigma(t)
             error = (sigma**2 / (alpha**2 + sigma**2)).reshape(t.shape + (1,) * len(self.shape)).expand(t.shape + self.shape)
-        return error / self.beta if self.beta != 1 else error
+        return error * self.beta if self.beta != 1 else error
 
     def _residual(self, x_t: Tensor, t: Tensor, y: Tensor | None) -> Tensor | None:
         """Where y would move an estimate of x_0 that needs no network, in units of its error: (*batch, *shape)."""

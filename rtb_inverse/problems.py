@@ -129,7 +129,7 @@ class InverseProblem(nn.Module):
             return self.operator(x)
         batch = x.shape[: x.ndim - len(self.shape)]
         clean = self.operator(x.reshape(-1, *self.shape))
-        return clean.reshape(*batch, *clean.shape[1:])
+        return clean.reshape(batch + clean.shape[1:])
 
     def simulate(self, x: Tensor, generator: Generator | None = None) -> Tensor:
         """A draw y ~ p(y | x) for each x of (*batch, *shape)."""

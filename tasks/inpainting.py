@@ -97,7 +97,7 @@ class Inpainting(InverseProblem):
         return torch.cat([image, self.mask[:1].to(image.dtype).expand(len(y), 1, *self.shape[1:])], 1)
 
     def check_y(self, y):
-        if isinstance(y, Tensor) and y.shape[-len(self.shape) :] == self.shape:
+        if isinstance(y, Tensor) and self.y_shape != self.shape and y.shape[-len(self.shape) :] == self.shape:
             raise ValueError(f"y must have shape (B, {self.y_shape[0]}), the seen elements, got {tuple(y.shape)}: take them with problem.observed(y)")
         return check_tensor("y", y, self.y_shape)
 

@@ -32,7 +32,8 @@ def make_network(kind: str) -> torch.nn.Module:
             torch.nn.init.normal_(network.conv_out.weight, std=0.3)
             return network
         return UNet1DModel(
-            sample_size=16, in_channels=2, out_channels=2, block_out_channels=(32, 32), layers_per_block=1, time_embedding_dim=8, extra_in_channels=8,
+            sample_size=16, in_channels=2, out_channels=2, block_out_channels=(32, 32), layers_per_block=1,
+            time_embedding_dim=8, extra_in_channels=8,
             down_block_types=("DownBlock1DNoSkip", "DownBlock1D"), up_block_types=("UpBlock1D", "UpBlock1DNoSkip"),
         )  # fmt: skip
 

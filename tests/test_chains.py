@@ -1,5 +1,6 @@
 """A transition is a distribution: what it draws is what it scores. Paths, their densities, and the climb back up."""
 
+import itertools
 import math
 
 import pytest
@@ -206,7 +207,7 @@ class Constant(Prior):
 def test_step_variance_is_what_was_asked_for(variance, eta, schedule):
     prior = Constant((2, 2), schedule, 4, eta=eta, variance=variance, min_std=1e-3)
     prior.error = torch.tensor([[0.1, 0.2], [0.3, 0.4]])
-    for t, s in zip(prior.times[:-1], prior.times[1:]):
+    for t, s in itertools.pairwise(prior.times):
         (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.alpha_sigma(t), schedule.alpha_sigma(s)
         b2 = sigma_t**2 - (alpha_t / alpha_s) ** 2 * sigma_s**2
         sd2 = eta**2 * sigma_s**2 * b2 / sigma_t**2
@@ -263,7 +264,8 @@ def test_an_update_shrinks_the_part_of_the_variance_that_is_uncertainty(schedule
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"eta": 0.0}, "eta"), ({"eta": 1.5}, "eta"), ({"variance": "learned"}, "variance"), ({"min_std": 0.0}, "min_std"), ({"steps": 0}, "steps"),
+    ({"eta": 0.0}, "eta"), ({"eta": 1.5}, "eta"), ({"variance": "learned"}, "variance"), ({"min_std": 0.0}, "min_std"),
+    ({"steps": 0}, "steps"),
 ])  # fmt: skip
 def test_bad_options_get_one_clear_error(options, message):
     with pytest.raises(ValueError, match=message):
@@ -294,7 +296,7 @@ def test_the_exact_denoiser_of_a_gaussian_gives_the_gaussian(eta, generator, ass
 
         def denoiser_error(self, t):
             alpha, sigma = self.schedule.alpha_sigma(t)
-            return expand(sigma**2 * v / (alpha**2 * v + sigma**2), torch.empty(t.shape + self.shape, dtype=torch.float64)).expand(t.shape + self.shape)
+            return (sigma**2 * v / (alpha**2 * v + sigma**2))[..., None].expand(t.shape + self.shape)
 
     x = Exact((2,), schedule, 7, eta=eta).sample(M, generator)
     assert_mean(x, m)
@@ -347,7 +349,7 @@ def test_step_log_prob_picks_the_step_it_is_told(path):
     k, n = torch.tensor([0, 3, 3]), torch.tensor([2, 2, 4])
     with torch.no_grad():
         scored = step_log_prob(chain, trajectory, k, n)
-        for row, (i, j) in enumerate(zip(k.tolist(), n.tolist())):
+        for row, (i, j) in enumerate(zip(k.tolist(), n.tolist(), strict=True)):
             step = chain.transition(trajectory.x[i, j], trajectory.times[i], trajectory.times[i + 1])
             torch.testing.assert_close(scored[row], step.log_prob(trajectory.x[i + 1, j]), rtol=1e-4, atol=1e-3)
     assert scored.shape == (3, 1)

@@ -1,11 +1,19 @@
 """Schedules against diffusers' own schedulers, which are run, not quoted."""
 
+import itertools
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from diffusers import (
-    DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, ScoreSdeVeScheduler,
-)  # fmt: skip
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    ScoreSdeVeScheduler,
+)
 
 from rtb_inverse.schedules import CLEAN, PREDICTION_TYPES, FlowMatching, VarianceExploding, VariancePreserving, schedule_from_config
 
@@ -60,7 +68,8 @@ def test_step_is_that_of_ddpm(betas, prediction, spacing, clip, generator):
 @pytest.mark.parametrize("steps", [5, 7])
 def test_zero_terminal_snr_steps_like_ddpm(prediction, steps, generator):
     scheduler = exact(DDPMScheduler(
-        beta_schedule="scaled_linear", prediction_type=prediction, timestep_spacing="trailing", clip_sample=False, rescale_betas_zero_snr=True
+        beta_schedule="scaled_linear", prediction_type=prediction, timestep_spacing="trailing", clip_sample=False,
+        rescale_betas_zero_snr=True,
     ))  # fmt: skip
     schedule = schedule_from_config(scheduler)
     scheduler.set_timesteps(steps)
@@ -91,13 +100,9 @@ def test_step_is_that_of_ddim(eta, betas, prediction, spacing, clip, generator):
         for k in (0, steps // 2, steps - 1):
             x_t, output = pairs(generator)
 
-            def step(noise):
-                return scheduler.step(
-                    output, int(times[k]), x_t, eta=eta, use_clipped_model_output=clip is not None, variance_noise=noise
-                ).prev_sample  # fmt: skip
-
+            step = partial(scheduler.step, output, int(times[k]), x_t, eta=eta, use_clipped_model_output=clip is not None)
             mean, sd = ours(schedule, x_t, output, times[k], times[k + 1], eta)
-            still, moved = step(torch.zeros_like(x_t)), step(torch.ones_like(x_t))
+            still, moved = (step(variance_noise=noise).prev_sample for noise in (torch.zeros_like(x_t), torch.ones_like(x_t)))
             torch.testing.assert_close(mean, still, atol=1e-6, rtol=1e-6)
             torch.testing.assert_close(sd.expand(x_t.shape), moved - still, atol=1e-6, rtol=1e-6)
 
@@ -201,7 +206,7 @@ def test_variance_exploding_step_is_that_of_diffusers(generator):
     scheduler.set_timesteps(steps, sampling_eps=0.0)
     scheduler.set_sigmas(steps)
     times = schedule.times(steps)
-    for t, s in zip(times[:-1], times[1:]):
+    for t, s in itertools.pairwise(times):
         x_t, score = (x.float() for x in pairs(generator))
         theirs = scheduler.step_pred(score, t.float(), x_t, generator=generator).prev_sample_mean
         torch.testing.assert_close(ours(schedule, x_t, score, t, s)[0].float(), theirs, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,193 @@
+"""How close the trained posterior is to exact ones: a mixture of 25 Gaussians in 2, 10 and 40 dimensions with a random linear operator
+to 1 or 2 dimensions, and y = |x| + noise in 2-D.
+
+    python benchmarks/exact_posteriors.py [--problems gmm2 gmm10 gmm40 abs2] [--methods ...] [--seconds 150] [--seeds 3]
+
+One CPU thread. Each method trains for `--seconds` CPU-seconds (the number of steps is measured beforehand). Judged over held-out
+observations: sliced Wasserstein to exact draws as a multiple of the floor (two independent exact sets), effective sample size of the
+path weights beside the oracle's (the exact posterior's denoiser in the same Gaussian steps), error of the importance-sampled log Z.
+"""
+
+import argparse
+import json
+import logging
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from priors import GaussianMixturePrior
+from rtb_inverse import GaussianNoise, InverseProblem, Posterior, fit, importance, path_log_prob, rollout
+from rtb_inverse.chains import Prior
+from rtb_inverse.diagnostics import Estimate, effective_sample_size, sliced_wasserstein
+
+METHODS = {
+    "untrained": None,
+    "warm start": {"warm_start": 1.0},
+    "warm start, then RTB": {"warm_start": 0.8},
+    "RTB alone": {"warm_start": 0.0, "behaviours": {"on_policy": 1.0}, "lr_rtb": 1e-3},
+    "RTB alone with backtracking": {"warm_start": 0.0, "behaviours": {"on_policy": 0.5, "replay": 0.25, "simulated": 0.25}, "lr_rtb": 1e-3},
+}
+COMMON = {"states": 1024, "observations": 16, "draws": 16, "chunk_size": None}
+
+
+class Oracle(Prior):
+    """The exact posterior's denoiser in Gaussian steps, with the variances that its own error for each y asks for."""
+
+    def __init__(self, exact: Prior, generator, draws: int = 256):
+        super().__init__(exact.shape, exact.schedule, exact.steps, exact.eta, exact.variance, exact.min_std)
+        self.exact = exact
+        x_0 = exact.distribution.sample((draws,), generator)
+        self.table = {}
+        for t in self.times[:-1]:
+            noise = torch.randn(x_0.shape, generator=generator)
+            error = (exact.denoise(self.schedule.add_noise(x_0, noise, t), t) - x_0).double().square()
+            self.table[float(t)] = error.mean((0, 2))[:, None].expand(x_0.shape[1:])  # (B, d), one level for each y
+
+    def initial(self, sample_shape):
+        return self.exact.initial(sample_shape)
+
+    def denoise(self, x_t, t):
+        return self.exact.denoise(x_t, t)
+
+    def denoiser_error(self, t):
+        return self.table[float(t)]
+
+
+@dataclass
+class Problem:
+    """A prior, a problem, and for each observation exact draws and the exact evidence."""
+
+    prior: GaussianMixturePrior
+    problem: InverseProblem
+
+    def exact(self, y: Tensor) -> tuple[GaussianMixturePrior, Tensor]:
+        matrix = self.problem.operator.matrix
+        return self.prior.posterior(matrix, self.problem.noise.std, y), self.prior.log_evidence(matrix, self.problem.noise.std, y)
+
+    def exact_draws(self, y: Tensor, n: int, generator) -> Tensor:
+        return self.exact(y)[0].distribution.sample((n,), generator)
+
+    def log_evidence(self, y: Tensor) -> Tensor:
+        return self.exact(y)[1]
+
+    def oracle_ess(self, y: Tensor, n: int, generator) -> Tensor | None:
+        oracle = Oracle(self.exact(y)[0], generator)
+        paths = rollout(oracle, n, y, generator)
+        log_w = path_log_prob(self.prior, paths, 16384) + self.problem.log_likelihood(paths.x_0, y) - paths.log_prob
+        return effective_sample_size(log_w) / n
+
+
+class AbsProblem(Problem):
+    """y = |x| + noise, element by element: for each orthant of signs, a Gaussian mixture cut to it; the exact posterior by a fine grid."""
+
+    cells, reach = 800, 16.0
+
+    def _grid(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        if not hasattr(self, "grid"):
+            axis = (torch.arange(self.cells) + 0.5) / self.cells * 2 * self.reach - self.reach
+            self.grid = torch.cartesian_prod(axis, axis)
+            self.log_p = torch.cat([self.prior.distribution.log_prob(part) for part in self.grid.split(65536)])
+        return self.grid, self.log_p[:, None] + self.problem.log_likelihood(self.grid[:, None], y)
+
+    def exact_draws(self, y, n, generator):
+        draws = []
+        for one in y.split(1):
+            grid, log_joint = self._grid(one)
+            pick = torch.multinomial(log_joint[:, 0].softmax(0), n, replacement=True, generator=generator)
+            jitter = torch.rand((n, 2), generator=generator) - 0.5
+            draws.append(grid[pick] + jitter * 2 * self.reach / self.cells)
+        return torch.stack(draws, 1)
+
+    def log_evidence(self, y):
+        area = torch.tensor((2 * self.reach / self.cells) ** 2)
+        return torch.cat([self._grid(one)[1].logsumexp(0) + area.log() for one in y.split(1)])
+
+    def oracle_ess(self, y, n, generator):
+        return None
+
+
+def make_problem(name: str, steps: int = 40) -> Problem:
+    if name == "abs2":
+        return AbsProblem(GaussianMixturePrior.random(2, steps=steps), InverseProblem(torch.abs, GaussianNoise(0.5)))
+    d = int(name.removeprefix("gmm"))
+    matrix = torch.randn((1 if d == 2 else 2, d), generator=torch.Generator().manual_seed(1)) / d**0.5
+    return Problem(GaussianMixturePrior.random(d, steps=steps), InverseProblem(matrix, GaussianNoise(0.5)))
+
+
+def train(problem: Problem, method: str, seconds: float, seed: int) -> tuple[Posterior, float, int]:
+    """Train for about that many CPU-seconds: the speed of each phase is measured on a few steps first."""
+    options, fresh = METHODS[method], lambda: Posterior(problem.prior, problem.problem)
+    torch.manual_seed(seed)  # the initial weights of the network
+    if options is None:
+        return fresh(), 0.0, 0
+    trial = 20
+    fit(fresh(), 3, progress=False, **COMMON, **options)
+    cost = {}
+    for share in (0.0, 1.0):
+        start = time.process_time()
+        fit(fresh(), trial, progress=False, **COMMON, **{**options, "warm_start": share})
+        cost[share] = (time.process_time() - start) / trial
+    share = options["warm_start"]
+    # `warm_start` is here a share of the time; fit takes a share of the steps
+    warm, rtb = int(share * seconds / cost[1.0]), int((1 - share) * seconds / cost[0.0])
+    posterior, start = fresh(), time.process_time()
+    fit(posterior, warm + rtb, seed, progress=False, **COMMON, **{**options, "warm_start": warm / (warm + rtb)})
+    return posterior, time.process_time() - start, warm + rtb
+
+
+def judge(problem: Problem, posterior: Posterior, observations: int = 32, n: int = 2048, floor_n: int = 1024) -> dict[str, Estimate | float]:
+    generator = torch.Generator().manual_seed(12345)
+    x = problem.prior.sample(observations, generator)
+    y = posterior.problem.simulate(x, generator)
+    one, two = (problem.exact_draws(y, floor_n, generator) for _ in range(2))
+    draws = importance(posterior, y, n, generator, chunk_size=16384)
+    floor = sliced_wasserstein(one, two, generator=generator)
+    distance = sliced_wasserstein(draws.x[:floor_n], one, generator=generator)
+    oracle = problem.oracle_ess(y, n, generator)
+    log_z = problem.log_evidence(y)
+    return {
+        "distance": Estimate(float(distance.mean() / floor.mean()), float(distance.std() / floor.mean() / observations**0.5)),
+        "median distance": float((distance / floor).median()),
+        "ess": Estimate.of(draws.ess / n),
+        "oracle ess": float("nan") if oracle is None else Estimate.of(oracle),
+        "log z error": float((draws.log_z - log_z).abs().median()),
+        "elbo gap": Estimate.of(log_z - draws.log_w.mean(0)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--problems", nargs="+", default=["gmm2", "gmm10", "gmm40", "abs2"])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--seconds", type=float, default=150.0)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--output", type=Path, help="also write the rows here, as JSON lines")
+    parser.add_argument("--options", type=json.loads, default={}, help="JSON of further training options, for studies")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    COMMON.update(args.options)
+    print("| problem | method | seed | SW / floor | median | ESS / n | oracle's ESS / n | median log Z error | log Z - ELBO | steps | CPU s |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|", flush=True)
+    for name in args.problems:
+        problem = make_problem(name)
+        for method in args.methods:
+            for seed in range(1 if METHODS[method] is None else args.seeds):
+                posterior, seconds, steps = train(problem, method, args.seconds, seed)
+                row = judge(problem, posterior)
+                cells = [name, method, seed, row["distance"], f"{row['median distance']:.2f}", row["ess"], row["oracle ess"]]
+                cells += [f"{row['log z error']:.3f}", row["elbo gap"], steps, f"{seconds:.0f}"]
+                print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+                if args.output:
+                    plain = {key: value.__dict__ if isinstance(value, Estimate) else value for key, value in row.items()}
+                    with args.output.open("a") as file:
+                        file.write(json.dumps({"problem": name, "method": method, "seed": seed, "seconds": seconds, **plain}) + "\n")
+
+
+if __name__ == "__main__":
+    main()
