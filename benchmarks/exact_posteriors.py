@@ -139,7 +139,9 @@ def train(problem: Problem, method: str, seconds: float, seed: int) -> tuple[Pos
     return posterior, time.process_time() - start, warm + rtb
 
 
-def judge(problem: Problem, posterior: Posterior, observations: int = 32, n: int = 2048, floor_n: int = 1024) -> dict[str, Estimate | float]:
+def judge(
+    problem: Problem, posterior: Posterior, observations: int = 32, n: int = 2048, floor_n: int = 1024
+) -> dict[str, Estimate | float]:
     generator = torch.Generator().manual_seed(12345)
     x = problem.prior.sample(observations, generator)
     y = posterior.problem.simulate(x, generator)
@@ -172,7 +174,9 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     COMMON.update(args.options)
-    print("| problem | method | seed | SW / floor | median | ESS / n | oracle's ESS / n | median log Z error | log Z - ELBO | steps | CPU s |")
+    print(
+        "| problem | method | seed | SW / floor | median | ESS / n | oracle's ESS / n | median log Z error | log Z - ELBO | steps | CPU s |"
+    )
     print("|---|---|---|---|---|---|---|---|---|---|---|", flush=True)
     for name in args.problems:
         problem = make_problem(name)

@@ -74,7 +74,10 @@ def main() -> None:
         log_w = log_reward(x)[:, None]
         pick = torch.multinomial(log_w[:, 0].softmax(0), DRAWS, replacement=True, generator=generator)
         tv, w2 = judge(x[pick], grid, truth)
-        print(f"| 100,000 prior draws, resampled | {seed} | {tv:.3f} | {w2:.2f} | | {float(effective_sample_size(log_w)) / len(x):.2f} | | |", flush=True)
+        print(
+            f"| 100,000 prior draws, resampled | {seed} | {tv:.3f} | {w2:.2f} | | {float(effective_sample_size(log_w)) / len(x):.2f} | | |",
+            flush=True,
+        )
 
         torch.manual_seed(seed)
         options = {"states": 1024, "pool_start": 4096, "pool_growth": 1024, "pool": 32768, "refresh": 20, "lr": 2e-3, "warm_start": 0.9}

@@ -45,7 +45,12 @@ class DiffusersPrior(Prior):
 
     @classmethod
     def from_pretrained(
-        cls, folder_or_hub_id: str | Path, steps: int | None = None, eta: float | None = None, variance: str | None = None, min_std: float | None = None
+        cls,
+        folder_or_hub_id: str | Path,
+        steps: int | None = None,
+        eta: float | None = None,
+        variance: str | None = None,
+        min_std: float | None = None,
     ) -> "DiffusersPrior":
         """Load a pipeline folder (model_index.json with a `unet` and a `scheduler` folder), or a folder that holds one model's
         config.json beside a scheduler_config.json.
@@ -62,7 +67,9 @@ class DiffusersPrior(Prior):
         scheduler_folder = folder / "scheduler" if (folder / "scheduler").is_dir() else folder
         config_file = scheduler_folder / "scheduler_config.json"
         if not config_file.is_file():
-            raise FileNotFoundError(f"folder_or_hub_id: {folder} has no scheduler_config.json, expected one beside the model or in scheduler/")
+            raise FileNotFoundError(
+                f"folder_or_hub_id: {folder} has no scheduler_config.json, expected one beside the model or in scheduler/"
+            )
         schedule = schedule_from_config(read_json(config_file))
         network = load_model(network_folder, MODELS)
         tables = load_weights(folder / ERROR_FILE) if (folder / ERROR_FILE).is_file() else {}

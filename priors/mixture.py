@@ -21,46 +21,58 @@ from rtb_inverse.distributions import SeededDistribution
 from rtb_inverse.schedules import CLEAN, Schedule, VariancePreserving, expand, schedule_from_config
 
 
+def into_basis(x: Tensor, basis: Tensor) -> Tensor:
+    """Q_j^T x for all j: x (*batch, d), basis (J, d, d) or (*batch, J, d, d), to (*batch, J, d)."""
+    if basis.ndim > 3:
+        return torch.einsum("...jde,...d->...je", basis, x)
+    J, d, _ = basis.shape
+    return (x @ basis.transpose(0, 1).reshape(d, J * d)).unflatten(-1, (J, d))  # one matrix product
+
+
 class GaussianMixture(SeededDistribution):
-    """sum_j softmax(logits)_j N(loc_j, Q_j diag(scale_j^2) Q_j^T).
+    """sum_j softmax(logits)_j N(Q_j c_j, Q_j diag(scale_j^2) Q_j^T).
 
     Args:
-        logits: (*batch, J). loc: (*batch, J, d). scale: broadcastable to (*batch, J, d).
-        basis: Q, orthonormal columns, (..., J, d, d), broadcastable to the batch.
+        logits: (*batch, J).
+        centre: c, means in the coordinates of the basis, (*batch, J, d).
+        scale: > 0, broadcastable to (*batch, J, d).
+        basis: Q, orthonormal columns, (J, d, d) or (*batch, J, d, d).
     """
 
-    def __init__(self, logits: Tensor, loc: Tensor, scale: Tensor, basis: Tensor):
-        self.logits, self.loc, self.scale, self.basis = logits.log_softmax(-1), loc, scale, basis
-        super().__init__(loc.shape[:-2], loc.shape[-1:], validate_args=False)
+    def __init__(self, logits: Tensor, centre: Tensor, scale: Tensor, basis: Tensor):
+        self.logits, self.centre, self.scale, self.basis = logits.log_softmax(-1), centre, scale, basis
+        super().__init__(centre.shape[:-2], centre.shape[-1:], validate_args=False)
 
     def sample(self, sample_shape=torch.Size(), generator=None):
         shape = torch.Size(sample_shape) + self.batch_shape
-        logits = self.logits.expand(*shape, -1)
-        uniform = torch.rand(logits.shape, generator=generator, device=logits.device, dtype=logits.dtype)
-        j = (logits - (-uniform.clamp_min(1e-30).log()).log()).argmax(-1, keepdim=True)  # Gumbel-max
-        pick = j[..., None].expand(*shape, 1, self.loc.shape[-1])
-        noise = torch.randn((*shape, self.loc.shape[-1]), generator=generator, device=logits.device, dtype=logits.dtype)
-        loc = self.loc.expand(*shape, *self.loc.shape[-2:]).gather(-2, pick)[..., 0, :]
-        noise = noise * self.scale.expand(*shape, *self.loc.shape[-2:]).gather(-2, pick)[..., 0, :]
+        J, d = self.centre.shape[-2:]
+        options = {"generator": generator, "device": self.centre.device, "dtype": self.centre.dtype}
+        uniform = torch.rand((*shape, J), **options).clamp_min(1e-30)
+        j = (self.logits - (-uniform.log()).log()).argmax(-1)  # Gumbel's way to draw from softmax(logits)
+        pick = j[..., None, None].expand(*shape, 1, d)
+        centre, scale = (c.expand(*shape, J, d).gather(-2, pick)[..., 0, :] for c in (self.centre, self.scale))
+        z = centre + scale * torch.randn((*shape, d), **options)
         if self.basis.ndim == 3:
-            return loc + torch.einsum("...de,...e->...d", self.basis[j[..., 0]], noise)
-        basis = self.basis.expand(*shape, *self.basis.shape[-3:])
-        basis = basis.gather(-3, pick[..., None].expand(*pick.shape, self.loc.shape[-1]))[..., 0, :, :]
-        return loc + torch.einsum("...de,...e->...d", basis, noise)
+            return torch.einsum("...de,...e->...d", self.basis[j], z)
+        basis = self.basis.expand(*shape, J, d, d).gather(-3, pick[..., None].expand(*shape, 1, d, d))[..., 0, :, :]
+        return torch.einsum("...de,...e->...d", basis, z)
 
     def log_prob(self, x):
-        z = torch.einsum("...jde,...jd->...je", self.basis, x[..., None, :] - self.loc) / self.scale
-        log_density = (-0.5 * z**2 - self.scale.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
+        z = (into_basis(x, self.basis) - self.centre) / self.scale
+        log_density = (-0.5 * z**2 - self.scale.log()).sum(-1) - 0.5 * z.shape[-1] * math.log(2 * math.pi)
         return (self.logits + log_density).logsumexp(-1)
 
     @property
     def mean(self):
-        return torch.einsum("...j,...jd->...d", self.logits.exp(), self.loc)
+        weighted = self.logits.exp()[..., None] * self.centre
+        if self.basis.ndim > 3:
+            return torch.einsum("...jde,...je->...d", self.basis, weighted)
+        return weighted.flatten(-2) @ self.basis.transpose(1, 2).flatten(0, 1)
 
     @property
     def variance(self):
-        within = torch.einsum("...jde,...je->...jd", self.basis**2, (self.scale**2).expand(self.loc.shape))
-        spread = (self.loc - self.mean[..., None, :]) ** 2
+        within = torch.einsum("...jde,...je->...jd", self.basis**2, (self.scale**2).expand(self.centre.shape))
+        spread = (torch.einsum("...jde,...je->...jd", self.basis, self.centre) - self.mean[..., None, :]) ** 2
         return torch.einsum("...j,...jd->...d", self.logits.exp(), within + spread)
 
 
@@ -85,7 +97,9 @@ class GaussianMixturePrior(Prior):
         if schedule is None:
             schedule = VariancePreserving(beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing", prediction_type="sample")
         if means.ndim < 2 or weights.shape != means.shape[:-1]:
-            raise ValueError(f"weights must have shape (*batch, J) and means (*batch, J, d), got {tuple(weights.shape)} and {tuple(means.shape)}")
+            raise ValueError(
+                f"weights must have shape (*batch, J) and means (*batch, J, d), got {tuple(weights.shape)} and {tuple(means.shape)}"
+            )
         if covariances.shape[-3:] != (*means.shape[-2:], means.shape[-1]):
             expected = (*means.shape[-2:], means.shape[-1])
             raise ValueError(f"covariances must have shape (..., J, d, d) = {expected}, got {tuple(covariances.shape)}")
@@ -106,9 +120,14 @@ class GaussianMixturePrior(Prior):
         return (self.basis * self.eigenvalues[..., None, :]) @ self.basis.mT
 
     @property
+    def centres(self) -> Tensor:
+        """The means in the coordinates of the eigenvectors."""
+        return torch.einsum("...jde,...jd->...je", self.basis, self.means)
+
+    @property
     def distribution(self) -> GaussianMixture:
         """p(x_0) itself: exact draws and log-density."""
-        return GaussianMixture(self.log_weights, self.means, self.eigenvalues.sqrt(), self.basis)
+        return GaussianMixture(self.log_weights, self.centres, self.eigenvalues.sqrt(), self.basis)
 
     def sample(self, n, generator=None, progress=False):
         """n exact draws (n, d), without the chain."""
@@ -122,17 +141,17 @@ class GaussianMixturePrior(Prior):
     def initial(self, sample_shape):
         alpha, variance = self._marginal_variance(self.times[0], self.means)
         J, d = self.means.shape[-2:]
-        loc = (alpha * self.means).expand(*sample_shape, J, d)
-        return GaussianMixture(self.log_weights.expand(*sample_shape, J), loc, variance.sqrt(), self.basis)
+        centre = (alpha * self.centres).expand(*sample_shape, J, d)
+        return GaussianMixture(self.log_weights.expand(*sample_shape, J), centre, variance.sqrt(), self.basis)
 
     def transition(self, x_t, t, s, y=None):
         alpha_t, var_t = self._marginal_variance(t, x_t)
         alpha_s, var_s = self._marginal_variance(s, x_t)
         a, b = (c.to(x_t.dtype)[..., None, None] for c in self.schedule.forward_step(s, t))
-        u = torch.einsum("...jde,...jd->...je", self.basis, x_t[..., None, :] - alpha_t * self.means)
+        centres = self.centres
+        u = into_basis(x_t, self.basis) - alpha_t * centres
         logits = self.log_weights - 0.5 * (u**2 / var_t + var_t.log()).sum(-1)
-        loc = alpha_s * self.means + torch.einsum("...jde,...je->...jd", self.basis, a * var_s / var_t * u)
-        return GaussianMixture(logits, loc, b * (var_s / var_t).sqrt(), self.basis)
+        return GaussianMixture(logits, alpha_s * centres + a * var_s / var_t * u, b * (var_s / var_t).sqrt(), self.basis)
 
     def denoise(self, x_t, t):
         return self.transition(x_t, t, t.new_tensor(CLEAN)).mean
@@ -187,7 +206,9 @@ class GaussianMixturePrior(Prior):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the mixture (safetensors) and its chain's options."""
         options = {"steps": self.steps, "eta": self.eta, "variance": self.variance, "min_std": self.min_std}
-        write_json({"_class_name": type(self).__name__, "schedule": self.schedule.config(), "options": options}, Path(folder) / "config.json")
+        write_json(
+            {"_class_name": type(self).__name__, "schedule": self.schedule.config(), "options": options}, Path(folder) / "config.json"
+        )
         save_tensors(self.state_dict(), Path(folder) / WEIGHTS)
 
     @classmethod
@@ -201,7 +222,9 @@ class GaussianMixturePrior(Prior):
         return prior
 
     @classmethod
-    def random(cls, d: int, components: int = 25, seed: int = 0, dtype: torch.dtype = torch.float32, **options) -> "GaussianMixturePrior":
+    def random(
+        cls, d: int, components: int = 25, seed: int = 0, dtype: torch.dtype = torch.float32, steps: int = 40, **options
+    ) -> "GaussianMixturePrior":
         """A mixture for tests and benchmarks: means N(0, 4^2 I), full covariances with eigenvalues in [0.1, 1], uneven weights."""
         generator = torch.Generator().manual_seed(seed)
         check_positive("components", components)
@@ -209,4 +232,4 @@ class GaussianMixturePrior(Prior):
         Q = torch.linalg.qr(torch.randn((components, d, d), generator=generator, dtype=torch.float64))[0]
         eigenvalues = 0.1 + 0.9 * torch.rand((components, d), generator=generator, dtype=torch.float64)
         weights = 0.5 + torch.rand(components, generator=generator, dtype=torch.float64)
-        return cls(weights.to(dtype), means.to(dtype), ((Q * eigenvalues[:, None, :]) @ Q.mT).to(dtype), **options)
+        return cls(weights.to(dtype), means.to(dtype), ((Q * eigenvalues[:, None, :]) @ Q.mT).to(dtype), steps=steps, **options)

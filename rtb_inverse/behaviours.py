@@ -66,7 +66,9 @@ class ObservationStore:
         uniform: weight of the uniform floor, in [0, 1].
     """
 
-    def __init__(self, shape, y: Tensor | None, x: Tensor | None = None, capacity: int = 32, uniform: float = 0.2, options: dict | None = None):
+    def __init__(
+        self, shape, y: Tensor | None, x: Tensor | None = None, capacity: int = 32, uniform: float = 0.2, options: dict | None = None
+    ):
         if not 0 <= uniform <= 1:
             raise ValueError(f"uniform must be in [0, 1], got {uniform!r}")
         slots = 1 if y is None else len(y)
@@ -126,7 +128,9 @@ class ObservationStore:
             setattr(self, name, value.to(self.x_0.device))
 
 
-def on_policy(posterior: Posterior, store: ObservationStore, index: Tensor, n: int, generator: Generator, extra_noise: float = 0.0) -> Trajectory:
+def on_policy(
+    posterior: Posterior, store: ObservationStore, index: Tensor, n: int, generator: Generator, extra_noise: float = 0.0
+) -> Trajectory:
     """Roll-outs of the posterior; each step adds noise of `extra_noise` times its standard deviation."""
     return rollout(posterior, n, store.observations(index), generator, extra_noise=extra_noise)
 
@@ -145,9 +149,7 @@ def simulated(posterior: Posterior, store: ObservationStore, index: Tensor, n: i
     return Trajectory(renoise(posterior, x_0.expand(n, *x_0.shape), generator), posterior.times, store.observations(index))
 
 
-def replay(
-    posterior: Posterior, store: ObservationStore, index: Tensor, n: int, generator: Generator, denoise: float = 0.5
-) -> Trajectory:
+def replay(posterior: Posterior, store: ObservationStore, index: Tensor, n: int, generator: Generator, denoise: float = 0.5) -> Trajectory:
     """Backtracking: good x_0 noised forward to x_T. Of the n paths a share `denoise` is noised to a random level only and denoised again
     by the posterior from there; their upper part is noised on from that level."""
     x_0 = store.good(index, n, generator)
@@ -180,7 +182,13 @@ def check_weights(weights: dict[str, float]) -> dict[str, float]:
 
 
 def mixture(
-    weights: dict[str, float], posterior: Posterior, store: ObservationStore, index: Tensor, n: int, generator: Generator, extra_noise: float = 0.0
+    weights: dict[str, float],
+    posterior: Posterior,
+    store: ObservationStore,
+    index: Tensor,
+    n: int,
+    generator: Generator,
+    extra_noise: float = 0.0,
 ) -> tuple[Trajectory, dict[str, int]]:
     """n paths for each observation, shared out among behaviours by weight (systematically, so that each gets its share on average).
 

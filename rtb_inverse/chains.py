@@ -159,7 +159,9 @@ def _exp(log_scale: Tensor | float) -> Tensor | float:
 
 
 @torch.no_grad()
-def measure_denoiser_error(schedule: Schedule, denoise: Callable, x_0: Tensor, knots: int = 64, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
+def measure_denoiser_error(
+    schedule: Schedule, denoise: Callable, x_0: Tensor, knots: int = 64, generator: Generator | None = None
+) -> tuple[Tensor, Tensor]:
     """r_t^2 = E (x_0 - denoise(x_t, t))^2, element by element, over clean examples x_0 (M, *shape).
 
     Returns:

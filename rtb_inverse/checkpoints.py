@@ -96,6 +96,8 @@ def load_array(name: str, file: Path) -> Tensor:
             return torch.from_numpy(np.load(file, allow_pickle=False))
         except ValueError as error:
             raise ValueError(f"{name}: {file} is not a plain .npy array ({error})") from error
+    if file.suffix != ".safetensors":
+        raise ValueError(f"{name}: {str(file)!r} must be a .npy or .safetensors file")
     tensors = load_weights(file)
     if name not in tensors and len(tensors) != 1:
         raise ValueError(f"{name}: {file} holds {sorted(tensors)}, expected one tensor or one of the name {name!r}")
@@ -115,7 +117,9 @@ def own_class(path: str) -> type:
     """The class of a dotted path that lies in this project's packages; a config file may name no other."""
     module, _, name = path.rpartition(".")
     if module.split(".")[0] not in ("rtb_inverse", "priors", "tasks"):
-        raise ValueError(f"config.json names the class {path!r}, expected one of rtb_inverse, priors or tasks; pass prior= or problem= yourself")
+        raise ValueError(
+            f"config.json names the class {path!r}, expected one of rtb_inverse, priors or tasks; pass prior= or problem= yourself"
+        )
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
@@ -174,5 +178,7 @@ def _shapes_match(module: nn.Module, weights: dict[str, Tensor], file: Path) -> 
     own = module.state_dict()
     for name, value in weights.items():
         if name in own and own[name].shape != value.shape:
-            raise ValueError(f"{file} does not fit this posterior: {name} has shape {tuple(value.shape)}, expected {tuple(own[name].shape)}")
+            raise ValueError(
+                f"{file} does not fit this posterior: {name} has shape {tuple(value.shape)}, expected {tuple(own[name].shape)}"
+            )
     return True

@@ -31,7 +31,7 @@ def check_choice(name: str, value, choices) -> str:
 
 
 def check_tensor(name: str, value, event_shape=None, batch: bool = True) -> Tensor:
-    """Return `value` if it is a finite, floating-point tensor of shape (B, *event_shape), B >= 1 (event_shape alone where `batch` is false)."""
+    """Return `value` if it is a finite, floating-point tensor of shape (B, *event_shape), B >= 1; without B where `batch` is false."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if not value.is_floating_point():

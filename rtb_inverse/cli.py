@@ -1,12 +1,21 @@
-"""`rtb-inverse fit | validate | test | predict --config FILE.yaml`: Lightning's command line over any model and data module of the project."""
+"""`rtb-inverse fit | validate | test | predict --config FILE.yaml`: Lightning's command line over any model and data module."""
 
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningCLI
 
 
-def main(args: list[str] | None = None) -> LightningCLI:
-    """Run the command line; `args` stands for sys.argv[1:]."""
-    return LightningCLI(
+class CommandLine(LightningCLI):
+    """Checkpoints hold tensors and plain types, and nothing else is unpickled unless `--weights_only false` says so."""
+
+    def before_instantiate_classes(self):
+        options = self.config[self.subcommand]
+        if options.get("weights_only") is None:
+            options.weights_only = True
+
+
+def run(args: list[str] | None = None) -> CommandLine:
+    """Run the command line and return it, with the `model`, `datamodule` and `trainer` it made; `args` stands for sys.argv[1:]."""
+    return CommandLine(
         LightningModule,
         LightningDataModule,
         subclass_mode_model=True,
@@ -16,6 +25,11 @@ def main(args: list[str] | None = None) -> LightningCLI:
         auto_configure_optimizers=False,
         args=args,
     )
+
+
+def main(args: list[str] | None = None) -> None:
+    """The command `rtb-inverse`: what it returned would be its exit status."""
+    run(args)
 
 
 if __name__ == "__main__":

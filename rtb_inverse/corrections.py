@@ -29,6 +29,8 @@ def importance(
         Particles(x (n, B, *data_shape), log_w (n, B)).
     """
     check_count("n", n)
+    if batch_size is not None:
+        check_count("batch_size", batch_size)
     y = posterior.check_y(y)
     xs, log_ws = [], []
     for start in range(0, n, batch_size or n):

@@ -59,6 +59,8 @@ class PosteriorTraining(LightningModule):
     ):  # fmt: skip
         super().__init__()
         self.automatic_optimization = False
+        if not isinstance(posterior, Posterior):
+            raise TypeError(f"posterior must be a Posterior, got {type(posterior).__name__}")
         self.posterior = posterior
         if y is not None:
             y = y if y.ndim > len(posterior.problem.y_shape or ()) else y[None]
@@ -73,7 +75,9 @@ class PosteriorTraining(LightningModule):
         if self.fixed and "simulated" in self.behaviours:
             raise ValueError("behaviours: 'simulated' has no path for a fixed observation or a reward; expected on_policy, prior or replay")
         if objective == "wake_sleep" and (set(self.behaviours) != {"on_policy"} or extra_noise):
-            raise ValueError("behaviours must be on_policy alone, without extra_noise, for wake_sleep: it needs the exact weights of its paths")
+            raise ValueError(
+                "behaviours must be on_policy alone, without extra_noise, for wake_sleep: it needs the exact weights of its paths"
+            )
         if not 0 <= warm_start <= 1:
             raise ValueError(f"warm_start must be in [0, 1], got {warm_start!r}")
         self.warm_start, self.extra_noise = warm_start, extra_noise
@@ -81,7 +85,22 @@ class PosteriorTraining(LightningModule):
             check_count(*c) for c in (("states", states), ("observations", observations), ("draws", draws, 1 if objective == "rtb" else 2))
         )
         self.lr, self.lr_rtb, self.lr_log_z = (check_positive(*c) for c in (("lr", lr), ("lr_rtb", lr_rtb), ("lr_log_z", lr_log_z)))
-        self.clip, self.max_grad_norm = clip, check_positive("max_grad_norm", max_grad_norm)
+        self.clip = clip if clip is None else check_positive("clip", clip)
+        self.max_grad_norm = check_positive("max_grad_norm", max_grad_norm)
+        if not 0 <= extra_noise < math.inf:
+            raise ValueError(f"extra_noise must be finite and at least 0, got {extra_noise!r}")
+        if not 0 < step_fraction <= 1:
+            raise ValueError(f"step_fraction must be in (0, 1], got {step_fraction!r}")
+        if chunk_size is not None:
+            check_count("chunk_size", chunk_size)
+        for count in (
+            ("pool", pool),
+            ("pool_start", pool_start),
+            ("pool_growth", pool_growth, 0 if posterior.amortised else 1),
+            ("slots", slots),
+            ("capacity", capacity, 2),
+        ):
+            check_count(*count)
         self.ema = ExponentialMovingAverage(posterior.trainable(), ema_decay)
         self.step_fraction, self.chunk_size, self.refresh = step_fraction, chunk_size, check_count("refresh", refresh)
         self.pool_options = {"size": pool, "data": data}
@@ -113,6 +132,7 @@ class PosteriorTraining(LightningModule):
             if not self.fixed:
                 x, y = self.pool.pairs(self.slots, self.generator)
                 self.store = ObservationStore(self.posterior.shape, y, x, self.capacity, options=options)
+                self.store.log_reward[:, 0] = self.posterior.log_likelihood(x[None], y)[0]
 
     def warm_steps(self) -> int:
         return round(self.warm_start * self.trainer.max_steps)
@@ -190,13 +210,6 @@ class PosteriorTraining(LightningModule):
 
     # Test and predict --------------------------------------------------------------------------------------------------------------
 
-    def setup(self, stage: str) -> None:
-        if stage in ("test", "predict") and not self._loaded:
-            if self.output is None or not (self.output / checkpoints.WEIGHTS).is_file():
-                raise FileNotFoundError(f"output must be a folder with a trained posterior, got {str(self.output)!r}: run fit first, or give --ckpt_path")
-            file = self.output / checkpoints.WEIGHTS
-            checkpoints.load_posterior_weights(self.posterior, checkpoints.load_weights(file), file)
-
     def on_test_start(self):
         self._load_averages()
 
@@ -204,15 +217,24 @@ class PosteriorTraining(LightningModule):
         self._load_averages()
 
     def _load_averages(self) -> None:
-        """A checkpoint holds the running weights; judge the averaged ones."""
+        """Judge the averaged weights: those that `fit` wrote to `output`, or those of a checkpoint, which holds the running ones too."""
         if self._loaded:
             self.ema.swap()
             self._loaded = False
+            return
+        if self.output is None or not (self.output / checkpoints.WEIGHTS).is_file():
+            raise FileNotFoundError(
+                f"output must be a folder with a trained posterior, got {str(self.output)!r}: run fit first, or give --ckpt_path"
+            )
+        file = self.output / checkpoints.WEIGHTS
+        checkpoints.load_posterior_weights(self.posterior, checkpoints.load_weights(file), file)
 
     def test_step(self, batch, index):
         name, source = batch
         generator = torch.Generator(self.device).manual_seed(self.seed + 1 + index)
-        held = simulate_observations(self.posterior, source, generator) if name == "simulated" else observe(self.posterior, source, generator)
+        held = (
+            simulate_observations(self.posterior, source, generator) if name == "simulated" else observe(self.posterior, source, generator)
+        )
         report = evaluate(self.posterior, held, self.test_draws, generator, chunk_size=self.chunk_size)
         print(f"\n{name} observations ({len(held.y)}, {self.test_draws} draws each)\n{report}", flush=True)
         self.log_dict({f"{name}/{key}": estimate.value for key, estimate in report.numbers.items()}, batch_size=len(held.y))
@@ -337,7 +359,12 @@ def fit(
     """
     check_count("steps", steps)
     module = PosteriorTraining(posterior, y, data, seed=seed, **options)
-    settings = {"accelerator": "cpu" if posterior.gate.device.type == "cpu" else "auto", "devices": 1, "logger": False, "enable_checkpointing": False}
+    settings = {
+        "accelerator": "cpu" if posterior.gate.device.type == "cpu" else "auto",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+    }
     settings |= {"enable_model_summary": False, "enable_progress_bar": progress, "callbacks": [TQDMProgressBar()] if progress else []}
     Trainer(max_steps=steps, **(settings | (trainer or {}))).fit(module, ObservationData())
     return posterior

@@ -1,12 +1,12 @@
 r"""Networks of the posterior: a conditional copy of the prior's, or a small residual perceptron beside a prior that has none.
 
-Both are called as network(x_t, t, y, move) -> (x0hat, log_scale): the estimate of x_0 and the log-scale of the step's standard
-deviations, (*batch, *shape) each. `condition` is what `InverseProblem.condition` makes of y; `move` is the data residual as seen from
-a network-free estimate of x_0: where the observation would move it. Everything added to the prior starts at zero.
+`network.estimate(prior, x_t, t)` gives a first estimate of x_0 that needs no trained network, and its error r^2; the data residual seen
+from there, `move`, is where the observation would move it, in units of r. `network(prior, x_t, t, condition, move, x_0)` gives the
+trained estimate of x_0 and the log-scale of the step's standard deviations, (*batch, *shape) each. `condition` is what
+`InverseProblem.condition` makes of y. Everything added to the prior starts at zero.
 """
 
 import copy
-import math
 
 import torch
 from diffusers import UNet1DModel, UNet2DModel
@@ -74,19 +74,34 @@ class ConditionalUNet(nn.Module):
             if first.has_conv_skip:
                 first.conv_skip = WiderInput(first.conv_skip, self.channels, self.extra)
         else:
-            raise TypeError(f"prior.network must be a UNet2DModel or a UNet1DModel, got {type(network).__name__}; pass Posterior(network=...)")
+            raise TypeError(
+                f"prior.network must be a UNet2DModel or a UNet1DModel, got {type(network).__name__}; pass Posterior(network=...)"
+            )
         self.network = network
 
     def train(self, mode: bool = True):
         return super().train(False)  # dropout would make the density random
 
-    def forward(self, prior: Prior, x_t: Tensor, t: Tensor, condition: Tensor, move: Tensor | None) -> tuple[Tensor, Tensor | float]:
+    def estimate(self, prior: Prior, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """As if x_0 ~ N(0, I)."""
+        return gaussian_estimate(prior, x_t, t)
+
+    def forward(
+        self, prior: Prior, x_t: Tensor, t: Tensor, condition: Tensor, move: Tensor | None, x_0: Tensor
+    ) -> tuple[Tensor, Tensor | float]:
         move = torch.zeros_like(x_t) if move is None else move
         axis = -len(prior.shape)
         seen = torch.cat([x_t, condition.to(x_t.dtype).expand(*x_t.shape[:axis], *condition.shape[1:]), move], axis)
         output = prior.predict(self.network, seen, t)
         output, log_scale = output.split(self.channels, axis) if self.two_dimensional else (output, 0.0)
         return prior.schedule.to_x_0(output, x_t, t), log_scale
+
+
+def gaussian_estimate(prior: Prior, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """E[x_0 | x_t] and its variance (float64) if x_0 were N(0, I)."""
+    alpha, sigma = (c.reshape(c.shape + (1,) * len(prior.shape)) for c in prior.schedule.alpha_sigma(t))
+    variance = sigma**2 / (alpha**2 + sigma**2)
+    return (alpha / (alpha**2 + sigma**2)).to(x_t.dtype) * x_t, variance.expand(t.shape + prior.shape)
 
 
 def add_lora(network: nn.Module, rank: int) -> nn.Module:
@@ -135,7 +150,11 @@ class ResidualMLP(nn.Module):
         self.blocks = nn.Sequential(*(ResidualBlock(width) for _ in range(blocks)))
         self.last = zero(nn.Linear(width, 2 * d))
 
-    def forward(self, prior: Prior, x_t: Tensor, t: Tensor, condition: Tensor, move: Tensor | None) -> tuple[Tensor, Tensor]:
+    def estimate(self, prior: Prior, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The prior's own, which costs no network."""
+        return prior.denoise(x_t, t), prior.denoiser_error(t)
+
+    def forward(self, prior: Prior, x_t: Tensor, t: Tensor, condition: Tensor, move: Tensor | None, x_0: Tensor) -> tuple[Tensor, Tensor]:
         alpha, sigma = (c.to(x_t.device, x_t.dtype).expand(x_t.shape[:-1])[..., None] for c in prior.schedule.alpha_sigma(t))
         x_0 = prior.denoise(x_t, t)
         error = prior.denoiser_error(t)

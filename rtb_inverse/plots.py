@@ -25,7 +25,13 @@ def image_grid(images: Tensor, file: str | Path, columns: int = 16, limits: tupl
 
 
 def posterior_panel(
-    observed: Tensor, mean: Tensor, std: Tensor, draws: Tensor, file: str | Path, truth: Tensor | None = None, limits: tuple[float, float] = (-1.0, 1.0)
+    observed: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    draws: Tensor,
+    file: str | Path,
+    truth: Tensor | None = None,
+    limits: tuple[float, float] = (-1.0, 1.0),
 ) -> None:
     """One row per observation: truth, what was observed, posterior mean, posterior standard deviation, draws.
 

@@ -9,7 +9,7 @@ from rtb_inverse import checkpoints
 from rtb_inverse.chains import Chain, Prior, rollout
 from rtb_inverse.checks import check_choice, check_count, check_positive
 from rtb_inverse.guidance import Update, guidance
-from rtb_inverse.networks import ConditionalUNet, LogZ, ResidualMLP
+from rtb_inverse.networks import ConditionalUNet, LogZ, ResidualMLP, gaussian_estimate
 from rtb_inverse.particles import Particles
 from rtb_inverse.problems import InverseProblem, Reward
 
@@ -28,7 +28,7 @@ class Posterior(Chain):
         problem: the measurement model; bound to the prior's shape here. A `Reward` has no y.
         start: "prior" or "guided"; by default guided wherever the operator allows it (differentiable, Gaussian noise).
         beta: inverse temperature of the likelihood, > 0.
-        network: in place of the copy: a module called as network(prior, x_t, t, condition, move) -> (x0hat, log_scale).
+        network: in place of the copy: a module with `estimate` and `forward` as in `networks`.
         lora_rank: train low-rank adapters of the copy, not all its weights.
         width: of the perceptron, for priors without a network.
 
@@ -102,26 +102,14 @@ class Posterior(Chain):
         """The learned log Z(y), (B,); (1,) without observation. `importance` gives an estimate with a standard error."""
         return self.log_z(None if y is None else self.problem.condition(y))
 
-    def _error(self, t: Tensor) -> Tensor:
-        """beta r_t^2, (*t.shape, *shape), r_t^2 that of x_0 ~ N(0, I) where the prior does not know it. (p(y | x)^beta has noise
-        variance sigma^2 / beta: to the update, that is beta times the error.)"""
+    def _error(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """r_t^2, (*t.shape, *shape); where the prior does not know it, that of x_0 ~ N(0, I)."""
         error = self.prior.denoiser_error(t)
-        if error is None:
-            alpha, sigma = self.schedule.alpha_sigma(t)
-            error = (sigma**2 / (alpha**2 + sigma**2)).reshape(t.shape + (1,) * len(self.shape)).expand(t.shape + self.shape)
-        return error * self.beta if self.beta != 1 else error
+        return gaussian_estimate(self.prior, x_t, t)[1] if error is None else error
 
-    def _residual(self, x_t: Tensor, t: Tensor, y: Tensor | None) -> Tensor | None:
-        """Where y would move an estimate of x_0 that needs no network, in units of its error: (*batch, *shape)."""
-        if self.guide is None or y is None:
-            return None
-        if isinstance(self.network, ResidualMLP):
-            x_0, error = self.prior.denoise(x_t, t), self._error(t)
-        else:
-            alpha, sigma = (c.reshape(c.shape + (1,) * len(self.shape)) for c in self.schedule.alpha_sigma(t))
-            x_0 = (alpha / (alpha**2 + sigma**2)).to(x_t.dtype) * x_t
-            error = (sigma**2 / (alpha**2 + sigma**2)).expand(*t.shape, *self.shape)
-        return self.guide(x_0, y, error).delta / error.sqrt().to(x_t.dtype)
+    def _guide(self, x_0: Tensor, y: Tensor, error: Tensor) -> Update:
+        """p(y | x)^beta has noise variance sigma^2 / beta: to the update, that is beta times the error."""
+        return self.guide(x_0, y, error if self.beta == 1 else self.beta * error)
 
     def _step_index(self, t: Tensor) -> Tensor:
         """Which of the K steps starts at time t."""
@@ -133,13 +121,16 @@ class Posterior(Chain):
         t = t.to(x_t.device)
         with torch.no_grad():
             condition = x_t.new_zeros((x_t.shape[-1 - len(self.shape)], 0, *self.shape[1:])) if y is None else self.problem.condition(y)
-            move = self._residual(x_t, t, y)
-        x_0, log_scale = self.network(self.prior, x_t, t, condition, move)
+            x_0, error = self.network.estimate(self.prior, x_t, t)
+            move = None
+            if self.guide is not None and y is not None:
+                move = self._guide(x_0, y, error).delta / error.sqrt().to(x_t.dtype)
+        x_0, log_scale = self.network(self.prior, x_t, t, condition, move, x_0)
         index = self._step_index(t)
         log_scale = log_scale + self.log_scale[index].reshape(index.shape + (1,) * len(self.shape))
         if self.start == "prior" or y is None:
             return x_0, log_scale, None
-        update = self.guide(x_0, y, self._error(t))
+        update = self._guide(x_0, y, self._error(x_t, t))
         x_0 = x_0 + self.gate[index].reshape(index.shape + (1,) * len(self.shape)) * update.delta
         clip = self.schedule.clip_sample
         return (x_0 if clip is None else x_0.clamp(-clip, clip)), log_scale, update
@@ -177,7 +168,9 @@ class Posterior(Chain):
         checkpoints.save_posterior(self, Path(folder))
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, prior: Prior | None = None, problem: InverseProblem | None = None, **options) -> "Posterior":
+    def from_pretrained(
+        cls, folder: str | Path, prior: Prior | None = None, problem: InverseProblem | None = None, **options
+    ) -> "Posterior":
         """Load what `save_pretrained` wrote.
 
         Args:

@@ -95,7 +95,9 @@ class PriorTraining(LightningModule):
         self.network.save_pretrained(folder / "unet")
         self.scheduler.save_pretrained(folder / "scheduler")
         (folder / "prior_config.json").write_text(json.dumps({"steps": self.steps}) + "\n")
-        times, error = measure_denoiser_error(self.schedule, self.denoise, self.held_out(), generator=torch.Generator(self.device).manual_seed(0))
+        times, error = measure_denoiser_error(
+            self.schedule, self.denoise, self.held_out(), generator=torch.Generator(self.device).manual_seed(0)
+        )
         save_file({"times": times.contiguous(), "error": error.contiguous()}, folder / ERROR_FILE)
 
     def denoise(self, x_t: Tensor, t: Tensor) -> Tensor:

@@ -18,6 +18,8 @@ class GaussianNoise(nn.Module):
 
     def __init__(self, std: float | Tensor):
         super().__init__()
+        if not isinstance(std, (int, float, Tensor)):
+            raise TypeError(f"noise_std must be a number or a tensor, got {std!r}")
         std = torch.as_tensor(std, dtype=std.dtype if isinstance(std, Tensor) else torch.float64)
         if not ((std > 0) & torch.isfinite(std)).all():
             raise ValueError(f"noise_std must be finite and above 0, got {std.tolist()!r}")
@@ -68,6 +70,8 @@ class InverseProblem(nn.Module):
         super().__init__()
         if not isinstance(operator, Tensor) and not callable(operator):
             raise TypeError(f"operator must be a callable or a matrix, got {type(operator).__name__}")
+        if not isinstance(noise, nn.Module):
+            raise TypeError(f"noise must be a noise model such as GaussianNoise(std), got {noise!r}")
         self.operator = MatrixOperator(operator) if isinstance(operator, Tensor) else operator
         self.noise = noise
         self.register_buffer("mask", None)
@@ -93,7 +97,9 @@ class InverseProblem(nn.Module):
         """
         shape = torch.Size(shape)
         if self.shape is not None and self.shape != shape:
-            raise ValueError(f"problem is for x of shape {tuple(self.shape)}, but the prior draws x of shape {tuple(shape)}; they must agree")
+            raise ValueError(
+                f"problem is for x of shape {tuple(self.shape)}, but the prior draws x of shape {tuple(shape)}; they must agree"
+            )
         if self.shape is None:
             self._probe(shape)
             self.shape = shape
@@ -112,12 +118,19 @@ class InverseProblem(nn.Module):
                 raise ValueError(f"operator failed on x of shape {tuple(x.shape)}: {type(error).__name__}: {error}") from error
             if not isinstance(clean, Tensor) or clean.ndim < 1 or len(clean) != 3:
                 was = tuple(clean.shape) if isinstance(clean, Tensor) else type(clean).__name__
-                raise ValueError(f"operator must map a batch (M, *shape) to a batch (M, *y_shape): on x of shape {tuple(x.shape)} it gave {was}")
+                raise ValueError(
+                    f"operator must map a batch (M, *shape) to a batch (M, *y_shape): on x of shape {tuple(x.shape)} it gave {was}"
+                )
+            if not clean.is_floating_point():
+                raise TypeError(f"operator must return a floating-point tensor, got {clean.dtype}")
             check_finite("operator's output", clean)
             self.differentiable = clean.requires_grad
         clean = clean.detach()
         if self.linear is None:
-            zero, mirrored = self.operator(torch.cat([torch.zeros_like(x[:1]), -x[:1]])).detach()
+            pair = self.operator(torch.cat([torch.zeros_like(x[:1]), -x[:1]])).detach()
+            if pair.shape != (2, *clean.shape[1:]):
+                raise ValueError(f"operator must keep the batch: on 3 and 2 elements it gave {tuple(clean.shape)} and {tuple(pair.shape)}")
+            zero, mirrored = pair
             tolerance = {"rtol": 1e-4, "atol": 1e-4 * float(clean.abs().max() + 1e-12)}
             additive = torch.allclose(clean[2] + zero, clean[0] + clean[1], **tolerance)
             self.linear = bool(additive and torch.allclose(2 * zero, clean[0] + mirrored, **tolerance))
@@ -157,7 +170,9 @@ class InverseProblem(nn.Module):
         if len(self.y_shape) == len(self.shape) and self.y_shape[1:] == self.shape[1:]:
             return y
         if not self.differentiable:
-            raise ValueError("operator is not differentiable and y is not on x's grid: override `condition` to say what the network sees of y")
+            raise ValueError(
+                "operator is not differentiable and y is not on x's grid: override `condition` to say what the network sees of y"
+            )
         with torch.enable_grad():
             x = torch.zeros((len(y), *self.shape), device=y.device, dtype=y.dtype, requires_grad=True)
             return torch.autograd.grad(self.operator(x), x, y)[0].detach()

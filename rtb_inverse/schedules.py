@@ -144,6 +144,8 @@ class VariancePreserving(Schedule):
 
     def __post_init__(self):
         require_prediction_type(self)
+        check_choice("beta_schedule", self.beta_schedule, ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"))
+        check_choice("timestep_spacing", self.timestep_spacing, ("leading", "trailing", "linspace"))
         if float(self.alphas_cumprod[-1]) <= 0 and self.prediction_type in ("epsilon", "score"):
             raise ValueError(
                 f"prediction_type {self.prediction_type!r} says nothing about x_0 where alpha = 0, as at the last time of this"
@@ -244,7 +246,9 @@ class FlowMatching(Schedule):
         require_prediction_type(self)
         check_positive("shift", self.shift)
         if self.prediction_type in ("epsilon", "score"):
-            raise ValueError(f"prediction_type {self.prediction_type!r} says nothing about x_0 at t = 1; expected flow_prediction or sample")
+            raise ValueError(
+                f"prediction_type {self.prediction_type!r} says nothing about x_0 at t = 1; expected flow_prediction or sample"
+            )
 
     def alpha_sigma(self, t):
         t = t.double().clamp(0, 1)
@@ -278,15 +282,17 @@ def schedule_from_config(config: Mapping[str, Any] | SchedulerMixin) -> Schedule
         config = {**config.config, "_class_name": type(config).__name__}
     name = str(config.get("_class_name"))
     if name == "ScoreSdeVeScheduler":
-        return VarianceExploding(config["sigma_min"], config["sigma_max"], config.get("prediction_type", "score"), config.get("clip_sample"))
+        return VarianceExploding(
+            config["sigma_min"], config["sigma_max"], config.get("prediction_type", "score"), config.get("clip_sample")
+        )
     if name == "FlowMatchEulerDiscreteScheduler":
         prediction_type = config.get("prediction_type", "flow_prediction")
         return FlowMatching(config.get("shift", 1.0), config.get("num_train_timesteps", 1000), prediction_type, config.get("clip_sample"))
     check_choice("scheduler", name, (*VARIANCE_PRESERVING, "ScoreSdeVeScheduler", "FlowMatchEulerDiscreteScheduler"))
     if config.get("thresholding"):
-        raise ValueError("thresholding must be false, got true: dynamic thresholding has no Gaussian step density; expected clip_sample or none")
-    check_choice("beta_schedule", config.get("beta_schedule", "linear"), ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"))
-    check_choice("timestep_spacing", config.get("timestep_spacing", "leading"), ("leading", "trailing", "linspace"))
+        raise ValueError(
+            "thresholding must be false, got true: dynamic thresholding has no Gaussian step density; expected clip_sample or none"
+        )
     betas = config.get("trained_betas")
     # A config that does not mention clip_sample means the default of its scheduler: DDPM and DDIM clip, the others do not know it.
     clips = config.get("clip_sample", name.startswith(("DDPM", "DDIM")))

@@ -10,6 +10,7 @@ import torch
 from torch import Generator, Tensor
 
 from rtb_inverse.chains import Trajectory, chunks, path_log_prob, step_log_prob
+from rtb_inverse.checks import check_finite
 from rtb_inverse.posterior import Posterior
 from rtb_inverse.schedules import expand
 
@@ -42,7 +43,7 @@ def score(posterior: Posterior, paths: Trajectory, chunk_size: int | None = None
     if len(known) < paths.x.shape[1]:
         log_q = torch.cat([known, path_log_prob(posterior, paths.draws(slice(len(known), None)), chunk_size)])
     log_p = path_log_prob(posterior.prior, paths, chunk_size)
-    return log_q, log_p, posterior.log_likelihood(paths.x_0, paths.y)
+    return log_q, log_p, check_finite("log-likelihood of the paths", posterior.log_likelihood(paths.x_0, paths.y))
 
 
 def path_backward(

@@ -39,7 +39,9 @@ def read_mask(mask, shape) -> Tensor:
     if isinstance(mask, (str, Path)):
         path = Path(mask)
         if not path.is_file():
-            raise FileNotFoundError(f"mask must be one of {', '.join(MASKS)}, an array or the path of a file, got {str(mask)!r}, which is none")
+            raise FileNotFoundError(
+                f"mask must be one of {', '.join(MASKS)}, an array or the path of a file, got {str(mask)!r}, which is none"
+            )
         if path.suffix == ".npy":
             mask = np.load(path, allow_pickle=False)
         else:
@@ -98,7 +100,9 @@ class Inpainting(InverseProblem):
 
     def check_y(self, y):
         if isinstance(y, Tensor) and self.y_shape != self.shape and y.shape[-len(self.shape) :] == self.shape:
-            raise ValueError(f"y must have shape (B, {self.y_shape[0]}), the seen elements, got {tuple(y.shape)}: take them with problem.observed(y)")
+            raise ValueError(
+                f"y must have shape (B, {self.y_shape[0]}), the seen elements, got {tuple(y.shape)}: take them with problem.observed(y)"
+            )
         return check_tensor("y", y, self.y_shape)
 
     @classmethod

@@ -167,31 +167,34 @@ def test_y_enters_through_the_added_inputs_only(kind, start, make_prior, generat
     posterior = Posterior(prior, matrix_problem(prior), start=start, width=16)
     first, second = (observations(posterior.problem, prior, generator) for _ in range(2))
     x_t, t, _ = states(prior, generator)
-
-    def network(y):
-        with torch.no_grad():
-            move = posterior._residual(x_t, t, y)
-            return posterior.network(prior, x_t, t, posterior.problem.condition(y), move)[0]
-
-    assert torch.equal(network(first), network(second))
-    perturb(added(posterior), generator)
-    assert not torch.allclose(network(first), network(second))
-    assert not torch.allclose(network(first), prior.denoise(x_t, t))
+    with torch.no_grad():
+        posterior.gate.fill_(0)  # the network's own estimate
+        assert torch.equal(posterior.denoise(x_t, t, first)[0], posterior.denoise(x_t, t, second)[0])
+        perturb(added(posterior), generator)
+        assert not torch.allclose(posterior.denoise(x_t, t, first)[0], posterior.denoise(x_t, t, second)[0])
+        assert not torch.allclose(posterior.denoise(x_t, t, first)[0], prior.denoise(x_t, t))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_condition_and_residual_are_both_read(kind, make_prior, generator):
     prior = make_prior(kind)
-    posterior = Posterior(prior, matrix_problem(prior), width=16)
+    posterior = Posterior(prior, matrix_problem(prior), start="prior", width=16)
     perturb(added(posterior), generator)
-    y = observations(posterior.problem, prior, generator)
+    first, second = (observations(posterior.problem, prior, generator) for _ in range(2))
     x_t, t, _ = states(prior, generator)
-    condition, move = posterior.problem.condition(y), posterior._residual(x_t, t, y)
-    with torch.no_grad():
-        base = posterior.network(prior, x_t, t, condition, move)[0]
-        assert not torch.allclose(base, posterior.network(prior, x_t, t, condition + 1, move)[0])
-        assert not torch.allclose(base, posterior.network(prior, x_t, t, condition, move + 1)[0])
-        assert torch.equal(posterior.network(prior, x_t, t, condition, None)[0], posterior.network(prior, x_t, t, condition, 0 * move)[0])
+    condition, guide = posterior.problem.condition, posterior.guide
+
+    def reads_y():
+        with torch.no_grad():
+            return not torch.equal(posterior.denoise(x_t, t, first)[0], posterior.denoise(x_t, t, second)[0])
+
+    assert reads_y()
+    posterior.guide = None  # no residual, the condition alone
+    assert reads_y()
+    posterior.problem.condition = lambda y: condition(0 * y)  # neither
+    assert not reads_y()
+    posterior.guide = guide  # the residual alone
+    assert reads_y()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -282,7 +285,10 @@ def test_networks_fit_the_prior(kind, network, make_prior):
 
 def test_a_network_of_ones_own(make_prior, generator):
     class Shift(nn.Module):
-        def forward(self, prior, x_t, t, condition, move):
+        def estimate(self, prior, x_t, t):
+            return prior.denoise(x_t, t), prior.denoiser_error(t)
+
+        def forward(self, prior, x_t, t, condition, move, x_0):
             return prior.denoise(x_t, t) + 1, torch.zeros_like(x_t)
 
     prior = make_prior("mixture")
@@ -376,8 +382,11 @@ def test_a_prior_that_does_not_know_its_error(generator):
     y = torch.randn((B, 2), generator=generator, dtype=torch.float64)
     path = rollout(posterior, 2, y, generator)
     assert torch.isfinite(path.log_prob).all()
-    t = prior.times[1:3]
-    torch.testing.assert_close(posterior._error(t)[:, 0], t**2 / ((1 - t) ** 2 + t**2))
+    x_t, t, _ = states(prior, generator)
+    error = (t**2 / ((1 - t) ** 2 + t**2))[..., None].expand(2, 1, 3)
+    with torch.no_grad():
+        plain = prior.denoise(x_t, t)
+        torch.testing.assert_close(posterior.denoise(x_t, t, y)[0], plain + posterior.guide(plain, y, error).delta)
 
 
 # Sampling and arguments
