@@ -90,6 +90,8 @@ class GaussianMixturePrior(Prior):
         ValueError: shapes that do not fit, weights that are not positive, a covariance that is not positive definite.
     """
 
+    exact_reversal = True
+
     def __init__(
         self, weights: Tensor, means: Tensor, covariances: Tensor, schedule: Schedule | None = None, steps: int = 40, eta: float = 1.0,
         variance: str = "analytic", min_std: float = 1e-3,

@@ -22,36 +22,53 @@ def state(**tensors) -> dict:
 
 
 class Pool:
-    """Draws of x, reused with fresh y and fresh noise.
+    """Draws of x, reused with fresh y. Where the prior's chain is not the exact reversal of the forward process, whole roll-outs
+    are kept: with y simulated from its end, such a path is a path of the chain's own posterior, which a noised x_0 is not quite.
 
     Args:
         posterior: its prior draws x_0; its problem simulates y.
-        size: at most so many draws.
+        size: how many draws to keep; a full pool grows no more.
         data: clean examples (M, *shape) to use in place of the prior's draws.
     """
 
     def __init__(self, posterior: Posterior, size: int = 8192, data: Tensor | None = None):
         self.prior, self.problem, self.size = posterior.prior, posterior.problem, check_count("size", size)
         self.data = data if data is None else check_tensor("data", data, posterior.shape).to(posterior.gate.device, posterior.gate.dtype)
-        self.x = torch.empty((0, *posterior.shape), **posterior.prior._options()) if self.data is None else self.data
+        self.keeps_paths = data is None and not self.prior.exact_reversal
+        levels = posterior.steps + 1 if self.keeps_paths else 1
+        empty = torch.empty((levels, 0, *posterior.shape), **self.prior._options())
+        self.states = empty if self.data is None else self.data[None]  # (K + 1 or 1, size, *shape), x_0 last
+
+    def __len__(self) -> int:
+        return self.states.shape[1]
 
     def grow(self, n: int, generator: Generator, progress: bool = False) -> None:
         """Add n draws of the prior, unless the pool is the user's data or full."""
-        n = min(n, self.size - len(self.x))
-        if self.data is None and n > 0:
-            self.x = torch.cat([self.x, self.prior.sample(n, generator, progress)])
+        n = min(n, self.size - len(self))
+        if self.data is not None or n < 1:
+            return
+        if self.keeps_paths:
+            fresh = rollout(self.prior, n, None, generator, progress=progress).x[:, :, 0]
+        else:
+            fresh = self.prior.sample(n, generator, progress)[None]
+        self.states = torch.cat([self.states, fresh], 1)
+
+    def paths(self, m: int, generator: Generator) -> tuple[Tensor, Tensor]:
+        """m draws of the joint distribution: states (K + 1 or 1, m, *shape), the last of which is x_0, and y (m, *y_shape)."""
+        index = torch.randint(len(self), (m,), generator=generator, device=generator.device).to(self.states.device)
+        states = self.states[:, index]
+        return states, self.problem.simulate(self.prior.decode(states[-1]), generator)
 
     def pairs(self, m: int, generator: Generator) -> tuple[Tensor, Tensor]:
         """m pairs x_0 (m, *shape), y (m, *y_shape) of the joint distribution."""
-        index = torch.randint(len(self.x), (m,), generator=generator, device=generator.device).to(self.x.device)
-        x_0 = self.x[index]
-        return x_0, self.problem.simulate(self.prior.decode(x_0), generator)
+        states, y = self.paths(m, generator)
+        return states[-1], y
 
     def state_dict(self) -> dict:
-        return state(x=self.x if self.data is None else None)
+        return state(states=self.states if self.data is None else None)
 
     def load_state_dict(self, saved: dict) -> None:
-        self.x = saved.get("x", self.x).to(self.x.device)
+        self.states = saved.get("states", self.states).to(self.states.device)
 
 
 class ObservationStore:

@@ -47,6 +47,11 @@ class Chain(nn.Module):
     def steps(self) -> int:
         return len(self.times) - 1
 
+    def step_index(self, t: Tensor) -> Tensor:
+        """Which of the K steps starts at time t, the nearest below: 0 is the last one, to the clean end."""
+        ascending = self.times.flip(0).to(t.device)
+        return (torch.searchsorted(ascending, t.contiguous()) - 1).clamp(0, self.steps - 1)
+
     def _options(self) -> dict:
         """Device and dtype of the states: those of the chain's parameters or buffers."""
         for tensor in (*self.parameters(), *self.buffers()):
@@ -84,8 +89,13 @@ class Prior(Chain):
             forward increment (fixed_large).
         min_std: floor of the standard deviation of every step; it makes the last "small" step a distribution.
 
+    `exact_reversal` says that the chain's paths are those of the forward process run backwards, at any number of steps (a mixture's
+    are; a network's in Gaussian steps are not).
+
     A plain `decode` (the identity) means that data and chain share a space; `data_shape` is the shape of decode(x_0).
     """
+
+    exact_reversal = False
 
     def __init__(self, shape, schedule, steps, eta: float = 1.0, variance: str = "analytic", min_std: float = 0.01):
         super().__init__(shape, schedule, steps)

@@ -167,18 +167,23 @@ def load_posterior(cls, folder: Path, prior=None, problem=None, **options):
 
 
 def load_posterior_weights(posterior, weights: dict[str, Tensor], file: Path) -> None:
-    """Fill a posterior, prior apart; names and shapes must match."""
-    missing, unexpected = posterior.load_state_dict(weights, strict=False) if _shapes_match(posterior, weights, file) else ([], [])
+    """Fill a posterior, prior apart; names, shapes and the problem must match."""
+    check_fit(posterior, weights, file)
+    missing, unexpected = posterior.load_state_dict(weights, strict=False)
     missing = [name for name in missing if not name.startswith("prior.")]
     if missing or unexpected:
         raise ValueError(f"{file} does not fit this posterior: missing {missing[:3]}, unexpected {unexpected[:3]}")
 
 
-def _shapes_match(module: nn.Module, weights: dict[str, Tensor], file: Path) -> bool:
-    own = module.state_dict()
+def check_fit(posterior, weights: Mapping[str, Tensor], file: str | Path) -> None:
+    """Raise ValueError where weights have other shapes than the posterior's, or are of another problem (operator, mask, noise)."""
+    own = posterior.state_dict()
     for name, value in weights.items():
-        if name in own and own[name].shape != value.shape:
+        if name not in own:
+            continue
+        if own[name].shape != value.shape:
             raise ValueError(
                 f"{file} does not fit this posterior: {name} has shape {tuple(value.shape)}, expected {tuple(own[name].shape)}"
             )
-    return True
+        if name.startswith("problem.") and not torch.equal(own[name].cpu(), value.to(own[name].dtype).cpu()):
+            raise ValueError(f"{file} does not fit this posterior: it was trained on another problem, {name} differs")

@@ -19,7 +19,7 @@ from rtb_inverse.diagnostics import log_mean_weight
 from rtb_inverse.evaluation import evaluate, observe, save_panel, simulate_observations
 from rtb_inverse.objectives import half_square, rtb, vargrad, wake_sleep
 from rtb_inverse.posterior import Posterior
-from rtb_inverse.training import denoising_loss, path_backward, score
+from rtb_inverse.training import denoising_loss, path_backward, path_denoising_loss, score
 
 OBJECTIVES = ("rtb", "vargrad", "wake_sleep")
 
@@ -39,7 +39,8 @@ class PosteriorTraining(LightningModule):
         objective: of the RTB phase, "vargrad", "rtb" (learned log Z) or "wake_sleep" (on-policy paths only).
         behaviours: weights of "on_policy", "prior", "simulated", "replay".
         extra_noise: of on-policy paths at the beginning of the RTB phase, as a share of each step's standard deviation; falls linearly to 0.
-        lr, lr_rtb, lr_log_z: peak learning rates of the chain in the warm start and in the RTB phase, and of log Z(y).
+        lr, lr_rtb, lr_log_z: peak learning rates of the chain in the warm start and in the RTB phase, and of log Z(y); the gates, one number per step,
+            take ten times the chain's.
         clip: Huber threshold of the residual, in nats; null for none (`objectives.half_square`).
         pool: how many prior draws to keep for simulation (draws of the posterior, in a wake-sleep warm start), of which `pool_start` are drawn before the first step and `pool_growth` every `refresh` steps.
         slots: observations kept with replay buffers of `capacity` x_0 each (amortised mode); a quarter of the chosen ones is renewed at each step.
@@ -153,6 +154,10 @@ class PosteriorTraining(LightningModule):
         self.log("loss", loss, prog_bar=True)
 
     def _warm_step(self, step: int) -> Tensor:
+        if self.posterior.amortised and self.pool.keeps_paths:
+            loss = path_denoising_loss(self.posterior, *self.pool.paths(self.states, self.generator), self.generator)
+            self.manual_backward(loss)
+            return loss.detach()
         if self.posterior.amortised:
             x_0, y = self.pool.pairs(self.states, self.generator)
         else:
@@ -253,15 +258,17 @@ class PosteriorTraining(LightningModule):
     # Optimisation -----------------------------------------------------------------------------------------------------------------
 
     def configure_optimizers(self):
-        groups = [{"params": self.posterior.trainable(), "lr": self.lr}, {"params": self.posterior.log_z.parameters(), "lr": self.lr_log_z}]
-        return torch.optim.AdamW(groups, weight_decay=0.0)
+        gates = self.posterior.gates()
+        weights = [p for p in self.posterior.trainable() if not any(p is gate for gate in gates)]
+        groups = [weights, gates, list(self.posterior.log_z.parameters())]
+        return torch.optim.AdamW([{"params": group, "lr": self.lr} for group in groups], weight_decay=0.0)
 
     def _set_learning_rates(self, optimizer, step: int, warm: int) -> None:
         """Linear warm-up, then a cosine to a twentieth, in each phase on its own."""
         first, last, peak = (0, warm, self.lr) if step < warm else (warm, self.trainer.max_steps, self.lr_rtb)
         done, length = step - first, max(1, last - first)
         factor = min(1.0, (done + 1) / min(50, length)) * (0.05 + 0.95 * (1 + math.cos(math.pi * done / length)) / 2)
-        for group, rate in zip(optimizer.param_groups, (peak, self.lr_log_z)):
+        for group, rate in zip(optimizer.param_groups, (peak, 10 * peak, self.lr_log_z)):
             group["lr"] = rate * factor
 
     def on_train_end(self):
@@ -282,6 +289,10 @@ class PosteriorTraining(LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint):
+        if "sources" not in checkpoint:
+            raise ValueError("ckpt_path must be a checkpoint of PosteriorTraining, got one without its sources of paths")
+        weights = {name.removeprefix("posterior."): v for name, v in checkpoint["state_dict"].items() if name.startswith("posterior.")}
+        checkpoints.check_fit(self.posterior, weights, "ckpt_path")
         for name, value in self.state_dict().items():
             if name.startswith("posterior.prior."):
                 checkpoint["state_dict"][name] = value

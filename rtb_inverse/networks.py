@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rtb_inverse.chains import Prior
 from rtb_inverse.schedules import expand
+from rtb_inverse.schedules import expand
 
 
 def zero(module: nn.Module) -> nn.Module:
@@ -51,6 +52,9 @@ class WiderOutput(nn.Module):
 class ConditionalUNet(nn.Module):
     """A trainable copy of a diffusers UNet that also reads condition and move, and also says a log-scale (UNet2DModel).
 
+    Its x_t is moved by input_gate_t alpha_t r move, towards what the observation makes of it: with a gate of 1 the seen elements
+    arrive as clean as y makes them. The gates, one per step, start at 0.
+
     Args:
         prior: a prior with `network` and `predict`.
         condition_channels: C of `condition`.
@@ -78,6 +82,7 @@ class ConditionalUNet(nn.Module):
                 f"prior.network must be a UNet2DModel or a UNet1DModel, got {type(network).__name__}; pass Posterior(network=...)"
             )
         self.network = network
+        self.input_gate = nn.Parameter(torch.zeros(prior.steps))
 
     def train(self, mode: bool = True):
         return super().train(False)  # dropout would make the density random
@@ -91,7 +96,9 @@ class ConditionalUNet(nn.Module):
     ) -> tuple[Tensor, Tensor | float]:
         move = torch.zeros_like(x_t) if move is None else move
         axis = -len(prior.shape)
-        seen = torch.cat([x_t, condition.to(x_t.dtype).expand(*x_t.shape[:axis], *condition.shape[1:]), move], axis)
+        gate, alpha, r2 = self.input_gate[prior.step_index(t)], prior.schedule.alpha_sigma(t)[0], gaussian_estimate(prior, x_t, t)[1]
+        moved = x_t + expand(gate * alpha, x_t) * r2.sqrt().to(x_t.dtype) * move
+        seen = torch.cat([moved, condition.to(x_t.dtype).expand(*x_t.shape[:axis], *condition.shape[1:]), move], axis)
         output = prior.predict(self.network, seen, t)
         output, log_scale = output.split(self.channels, axis) if self.two_dimensional else (output, 0.0)
         return prior.schedule.to_x_0(output, x_t, t), log_scale
@@ -152,7 +159,8 @@ class ResidualMLP(nn.Module):
 
     def estimate(self, prior: Prior, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """The prior's own, which costs no network."""
-        return prior.denoise(x_t, t), prior.denoiser_error(t)
+        error = prior.denoiser_error(t)
+        return prior.denoise(x_t, t), gaussian_estimate(prior, x_t, t)[1] if error is None else error
 
     def forward(self, prior: Prior, x_t: Tensor, t: Tensor, condition: Tensor, move: Tensor | None, x_0: Tensor) -> tuple[Tensor, Tensor]:
         alpha, sigma = (c.to(x_t.device, x_t.dtype).expand(x_t.shape[:-1])[..., None] for c in prior.schedule.alpha_sigma(t))

@@ -57,8 +57,10 @@ class Posterior(Chain):
         self.gate = nn.Parameter(torch.ones(prior.steps, **options))
         self.log_scale = nn.Parameter(torch.zeros(prior.steps, **options))
         condition = self._probe_condition()
-        self.network = (network or self._network(condition)).to(**options)
-        self.log_z = LogZ(0 if condition is None else condition[0].numel()).to(**options)
+        with torch.random.fork_rng():  # the first weights of the added layers depend on no global state
+            torch.manual_seed(0)
+            self.network = (network or self._network(condition)).to(**options)
+            self.log_z = LogZ(0 if condition is None else condition[0].numel()).to(**options)
 
     @property
     def amortised(self) -> bool:
@@ -91,8 +93,16 @@ class Posterior(Chain):
 
     def trainable(self) -> list[nn.Parameter]:
         """Parameters of the chain, without log Z."""
-        own = [self.gate, self.log_scale] if self.start == "guided" else [self.log_scale]
-        return own + [p for p in self.network.parameters() if p.requires_grad]
+        return self.gates() + [p for p in self.network.parameters() if p.requires_grad and p is not self._input_gate]
+
+    def gates(self) -> list[nn.Parameter]:
+        """Those of them with one number per step."""
+        gates = [self.log_scale] + ([self.gate] if self.start == "guided" else [])
+        return gates if self._input_gate is None else [*gates, self._input_gate]
+
+    @property
+    def _input_gate(self) -> nn.Parameter | None:
+        return getattr(self.network, "input_gate", None)
 
     def log_likelihood(self, x_0: Tensor, y: Tensor | None) -> Tensor:
         """beta log p(y | decode(x_0)): x_0 (N, B, *shape), y (B, *y_shape); returns (N, B)."""
@@ -111,11 +121,6 @@ class Posterior(Chain):
         """p(y | x)^beta has noise variance sigma^2 / beta: to the update, that is beta times the error."""
         return self.guide(x_0, y, error if self.beta == 1 else self.beta * error)
 
-    def _step_index(self, t: Tensor) -> Tensor:
-        """Which of the K steps starts at time t."""
-        ascending = self.times.flip(0).to(t.device)
-        return (torch.searchsorted(ascending, t.contiguous()) - 1).clamp(0, self.steps - 1)
-
     def denoise(self, x_t: Tensor, t: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | float, Update | None]:
         """The estimate of x_0 given y, the log-scale of the step, and the update that y made."""
         t = t.to(x_t.device)
@@ -126,7 +131,7 @@ class Posterior(Chain):
             if self.guide is not None and y is not None:
                 move = self._guide(x_0, y, error).delta / error.sqrt().to(x_t.dtype)
         x_0, log_scale = self.network(self.prior, x_t, t, condition, move, x_0)
-        index = self._step_index(t)
+        index = self.step_index(t)
         log_scale = log_scale + self.log_scale[index].reshape(index.shape + (1,) * len(self.shape))
         if self.start == "prior" or y is None:
             return x_0, log_scale, None

@@ -35,6 +35,18 @@ def denoising_loss(posterior: Posterior, x_0: Tensor, y: Tensor | None, generato
     return -log_q.mean() * posterior.steps / x_0[0].numel()
 
 
+def path_denoising_loss(posterior: Posterior, states: Tensor, y: Tensor | None, generator: Generator) -> Tensor:
+    r"""The same on paths of the posterior themselves: - K log q(x_s | x_t, y) at one random step of each path, per element of x.
+
+    Args:
+        states: (K + 1, M, *shape), x_T first: prior roll-outs from whose ends y was simulated.
+    """
+    k = torch.randint(posterior.steps, (states.shape[1],), generator=generator, device=generator.device).to(states.device)
+    row, times = torch.arange(states.shape[1], device=states.device), posterior.times.to(states.device)
+    step = posterior.transition(states[k, row], times[k], times[k + 1], y)
+    return -step.log_prob(states[k + 1, row]).mean() * posterior.steps / states[0, 0].numel()
+
+
 @torch.no_grad()
 def score(posterior: Posterior, paths: Trajectory, chunk_size: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """log q(tau | y), log p(tau), beta log p(y | x_0) of paths, (N, B) each; what the roll-out already scored is not scored again."""
