@@ -2,8 +2,8 @@
 
     python benchmarks/gmm25.py [--seconds 200] [--seeds 3]
 
-Prior: 25 Gaussians at {-10, -5, 0, 5, 10}^2, covariance 0.3 I, equal weights. Target: nine of them with weights [4,10,4,5,10,5,4,15,4]/61, as
-the reward log p_target - log p_prior, so that the true log Z is 0. One CPU thread. Prints, per seed: total variation of the mode
+Prior: 25 Gaussians at {-10, -5, 0, 5, 10}^2, covariance 0.3 I, equal weights. Target: nine of them with weights [4,10,4,5,10,5,4,15,4]/61,
+as the reward log p_target - log p_prior, so that the true log Z is 0. One CPU thread. Prints, per seed: total variation of the mode
 weights and 2-D W2 to 2,440 stratified target draws, without any correction; beside them importance resampling of prior draws, and
 true draws (the floor).
 """

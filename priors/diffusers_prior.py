@@ -1,6 +1,7 @@
 """A diffusers model as the prior: a network of the UNet2DModel or UNet1DModel kind, and its scheduler's config."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import UNet1DModel, UNet2DModel
@@ -26,11 +27,16 @@ class DiffusersPrior(Prior):
         eta, variance, min_std: see `rtb_inverse.chains.Prior`.
     """
 
+    network: UNet2DModel | UNet1DModel
+    error_times: Tensor | None
+    error: Tensor | None
+
     def __init__(
         self, network: nn.Module, schedule, steps: int = 20, *, error_times: Tensor | None = None, error: Tensor | None = None,
         eta: float = 1.0, variance: str = "analytic", min_std: float = 0.01,
     ):  # fmt: skip
-        size, channels = network.config.sample_size, network.config.in_channels
+        config: Any = network.config
+        size, channels = config.sample_size, config.in_channels
         if size is None:
             raise ValueError("network.config.sample_size must be set, got None: the prior needs the shape of x")
         size = tuple(size) if isinstance(size, (tuple, list)) else (size,) * (1 if isinstance(network, UNet1DModel) else 2)
@@ -101,13 +107,14 @@ class DiffusersPrior(Prior):
         return torch.lerp(values[high - 1], values[high], expand(weight, values.new_empty(weight.shape + self.shape)))
 
     def measure_error(self, x: Tensor, knots: int = 64, generator: torch.Generator | None = None) -> "DiffusersPrior":
-        """Measure r_t^2 on clean examples x (M, *shape), held out from training or drawn from the prior, at `knots` times. Returns itself."""
+        """Measure r_t^2 at `knots` times on clean examples x (M, *shape), held out from training or drawn from the prior. Returns
+        itself."""
         check_tensor("x", x, self.shape)
         self._set_error(*measure_denoiser_error(self.schedule, self.denoise, x, knots, generator))
         return self
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the prior as `from_pretrained` reads it: unet/, scheduler/, the recommended steps, and the table of the denoiser's error."""
+        """Write the prior as `from_pretrained` reads it: unet/, scheduler/, the recommended steps, the table of the denoiser's error."""
         folder = Path(folder)
         self.network.save_pretrained(folder / "unet")
         write_json(self.schedule.config(), folder / "scheduler" / "scheduler_config.json")

@@ -91,6 +91,10 @@ class GaussianMixturePrior(Prior):
     """
 
     exact_reversal = True
+    log_weights: Tensor
+    means: Tensor
+    eigenvalues: Tensor
+    basis: Tensor
 
     def __init__(
         self, weights: Tensor, means: Tensor, covariances: Tensor, schedule: Schedule | None = None, steps: int = 40, eta: float = 1.0,

@@ -7,12 +7,15 @@ from torch import Tensor, nn
 
 
 class ExponentialMovingAverage(nn.Module):
-    """avg <- d avg + (1 - d) parameter, with d = min(decay, (1 + n) / (10 + n)) at update n, so that a short run is averaged over its own length.
+    """avg <- d avg + (1 - d) parameter, with d = min(decay, (1 + n) / (10 + n)) at update n, so that a short run is averaged over its own
+    length.
 
     Args:
         parameters: the tensors to follow; the average starts at their values.
         decay: in [0, 1).
     """
+
+    updates: Tensor
 
     def __init__(self, parameters: Iterable[Tensor], decay: float = 0.999):
         super().__init__()
@@ -37,7 +40,7 @@ class ExponentialMovingAverage(nn.Module):
     @torch.no_grad()
     def swap(self) -> None:
         """Exchange parameters and averages; a second call restores them."""
-        for parameter, average in zip(self._followed, self.averages):
+        for parameter, average in zip(self._followed, self.averages, strict=True):
             held = parameter.detach().clone()
             parameter.copy_(average)
             average.copy_(held)

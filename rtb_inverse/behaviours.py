@@ -216,7 +216,7 @@ def mixture(
     edges = torch.tensor([0.0, *weights.values()], dtype=torch.float64).cumsum(0) * n
     offset = torch.rand((), generator=generator, device=generator.device, dtype=torch.float64).cpu()
     counts = torch.diff((edges + offset).floor().long())
-    shares = {name: int(c) for name, c in sorted(zip(weights, counts), key=lambda pair: pair[0] != "on_policy") if c > 0}
+    shares = {name: int(c) for name, c in sorted(zip(weights, counts, strict=True), key=lambda pair: pair[0] != "on_policy") if c > 0}
     parts = []
     for name, share in shares.items():
         options = {"extra_noise": extra_noise} if name == "on_policy" else {}

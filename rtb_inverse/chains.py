@@ -9,7 +9,7 @@ Tensors are (N, B, *shape): N draws for each of B observations. Nothing here loo
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import pairwise, takewhile
 
 import torch
 from torch import Generator, Tensor, nn
@@ -227,8 +227,8 @@ class Trajectory:
 
 @torch.no_grad()
 def rollout(
-    chain: Chain, n: int, y: Tensor | None = None, generator: Generator | None = None, *, start: Tensor | None = None, level: int | None = None,
-    extra_noise: float = 0.0, progress: bool = False,
+    chain: Chain, n: int, y: Tensor | None = None, generator: Generator | None = None, *, start: Tensor | None = None,
+    level: int | None = None, extra_noise: float = 0.0, progress: bool = False,
 ) -> Trajectory:  # fmt: skip
     """Draw n paths for each observation.
 
@@ -247,7 +247,7 @@ def rollout(
     initial = chain.initial((n, b))
     x = draw(initial, generator) if start is None else start
     states, log_prob = [x], initial.log_prob(x)
-    for t, s in tqdm(zip(times[:-1], times[1:]), "denoising", total=len(times) - 1, disable=not progress, leave=False):
+    for t, s in tqdm(pairwise(times), "denoising", total=len(times) - 1, disable=not progress, leave=False):
         step = chain.transition(x, t, s, y)
         x = draw(step, generator)
         if extra_noise > 0:
@@ -271,7 +271,7 @@ def renoise(chain: Chain, x: Tensor, generator: Generator | None = None, *, from
     to_level = chain.steps if to_level is None else to_level
     levels = chain.times.flip(0)[from_level : to_level + 1]
     states = [x]
-    for s, t in zip(levels[:-1], levels[1:]):
+    for s, t in pairwise(levels):
         a, b = chain.schedule.forward_step(s, t)
         noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
         states.append(a.to(x.dtype) * states[-1] + b.to(x.dtype) * noise)

@@ -4,6 +4,7 @@ import importlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,7 +61,7 @@ def load_weights(file: Path) -> dict[str, Tensor]:
         raise ValueError(f"{file} is not a complete safetensors file ({error}); expected weights written by save_pretrained") from error
 
 
-def load_model(folder: Path, models: Mapping[str, type[nn.Module]]) -> nn.Module:
+def load_model(folder: Path, models: Mapping[str, type[Any]]) -> nn.Module:
     """A diffusers model from its folder; the class named in config.json must be one of `models`."""
     config = read_json(folder / "config.json")
     name = config.get("_class_name")
@@ -113,7 +114,7 @@ def class_path(obj: object) -> str:
     return f"{type(obj).__module__}.{type(obj).__qualname__}"
 
 
-def own_class(path: str) -> type:
+def own_class(path: str) -> type[Any]:
     """The class of a dotted path that lies in this project's packages; a config file may name no other."""
     module, _, name = path.rpartition(".")
     if module.split(".")[0] not in ("rtb_inverse", "priors", "tasks"):

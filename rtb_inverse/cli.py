@@ -5,12 +5,20 @@ from lightning.pytorch.cli import LightningCLI
 
 
 class CommandLine(LightningCLI):
-    """Checkpoints hold tensors and plain types, and nothing else is unpickled unless `--weights_only false` says so."""
+    """Lightning's command line with safe defaults: nothing is unpickled but tensors and plain types, and a bad option is one line."""
 
     def before_instantiate_classes(self):
         options = self.config[self.subcommand]
         if options.get("weights_only") is None:
             options.weights_only = True
+
+    def instantiate_classes(self):
+        try:
+            super().instantiate_classes()
+        except (FileNotFoundError, TypeError, ValueError) as error:
+            while str(error).startswith("Does not validate") and error.__cause__ is not None:
+                error = error.__cause__  # jsonargparse wraps what a constructor said
+            self.parser.exit(2, f"rtb-inverse: error: {error}\n")
 
 
 def run(args: list[str] | None = None) -> CommandLine:

@@ -82,8 +82,8 @@ def observe(posterior: Posterior, x: Tensor, generator: Generator | None = None)
 
 @torch.no_grad()
 def evaluate(
-    posterior: Posterior, observations: Observations | Tensor, n: int = 64, generator: Generator | None = None, *, chunk_size: int | None = 4096,
-    progress: bool = False,
+    posterior: Posterior, observations: Observations | Tensor, n: int = 64, generator: Generator | None = None, *,
+    chunk_size: int | None = 4096, progress: bool = False,
 ) -> Report:  # fmt: skip
     """Judge a posterior.
 
@@ -135,6 +135,7 @@ def save_panel(posterior: Posterior, report: Report, file: str | Path, rows: int
     y, x = report.observations.y[:rows], report.observations.x
     draws = report.draws.x[:, :rows]
     problem = posterior.problem
-    observed = problem.image(y, fill=float("nan")) if hasattr(problem, "image") else problem.condition(y)[:, : shape[0]]
+    image = getattr(problem, "image", None)
+    observed = problem.condition(y)[:, : shape[0]] if image is None else image(y, fill=float("nan"))
     posterior_panel(observed, draws.mean(0), draws.std(0), draws[:columns], file, None if x is None else x[:rows])
     return True

@@ -37,6 +37,9 @@ class Update:
 class MaskGuidance(nn.Module):
     """The operator picks elements of x: the update is exact element by element."""
 
+    mask: Tensor
+    noise_variance: Tensor
+
     def __init__(self, problem: InverseProblem):
         super().__init__()
         self.register_buffer("mask", problem.mask, persistent=False)
@@ -54,6 +57,11 @@ class MaskGuidance(nn.Module):
 class DenseGuidance(nn.Module):
     """A small affine operator: the update is exact by the singular value decomposition of its whitened matrix.
     The errors of the elements are averaged to one level."""
+
+    basis: Tensor
+    singular: Tensor
+    whiten: Tensor
+    offset: Tensor
 
     def __init__(self, problem: InverseProblem):
         super().__init__()
@@ -81,11 +89,15 @@ class DenseGuidance(nn.Module):
 
 
 class GradientGuidance(nn.Module):
-    """Any differentiable operator: the update by a few steps of conjugate gradients on (r^-2 + J^T J / sigma^2) delta = J^T (y - A) / sigma^2,
-    with products by J and J^T only. One step is the likelihood's gradient with the best step size of the linearised problem.
+    """Any differentiable operator: the update by a few steps of conjugate gradients on
+    (r^-2 + J^T J / sigma^2) delta = J^T (y - A) / sigma^2, with products by J and J^T only. One step is the likelihood's gradient with
+    the best step size of the linearised problem.
 
     Where A is not affine, delta is clipped softly to a root mean square of `clip` times the denoiser's error.
     """
+
+    operator: Callable[[Tensor], Tensor]
+    noise_std: Tensor
 
     def __init__(self, problem: InverseProblem, operator: Callable[[Tensor], Tensor], iterations: int, clip: float | None = 3.0):
         super().__init__()
@@ -103,7 +115,7 @@ class GradientGuidance(nn.Module):
         def whitened(x):
             return self.operator(x) / std
 
-        clean, pull = torch.func.vjp(whitened, x_0.reshape(-1, *event))
+        clean, pull = torch.func.vjp(whitened, x_0.reshape(-1, *event))  # type: ignore[misc]  # three only with has_aux
 
         def push(v):
             return torch.func.jvp(whitened, (x_0.reshape(-1, *event),), (v,))[1]

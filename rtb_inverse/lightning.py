@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -38,12 +39,15 @@ class PosteriorTraining(LightningModule):
         warm_start: share in [0, 1] of all steps spent on the warm start.
         objective: of the RTB phase, "vargrad", "rtb" (learned log Z) or "wake_sleep" (on-policy paths only).
         behaviours: weights of "on_policy", "prior", "simulated", "replay".
-        extra_noise: of on-policy paths at the beginning of the RTB phase, as a share of each step's standard deviation; falls linearly to 0.
-        lr, lr_rtb, lr_log_z: peak learning rates of the chain in the warm start and in the RTB phase, and of log Z(y); the gates, one number per step,
-            take ten times the chain's.
+        extra_noise: of on-policy paths at the beginning of the RTB phase, as a share of each step's standard deviation; falls linearly
+            to 0.
+        lr, lr_rtb, lr_log_z: peak learning rates of the chain in the warm start and in the RTB phase, and of log Z(y); the gates, one
+            number per step, take ten times the chain's.
         clip: Huber threshold of the residual, in nats; null for none (`objectives.half_square`).
-        pool: how many prior draws to keep for simulation (draws of the posterior, in a wake-sleep warm start), of which `pool_start` are drawn before the first step and `pool_growth` every `refresh` steps.
-        slots: observations kept with replay buffers of `capacity` x_0 each (amortised mode); a quarter of the chosen ones is renewed at each step.
+        pool: how many prior draws to keep for simulation (draws of the posterior, in a wake-sleep warm start), of which `pool_start` are
+            drawn before the first step and `pool_growth` every `refresh` steps.
+        slots: observations kept with replay buffers of `capacity` x_0 each (amortised mode); a quarter of the chosen ones is renewed at
+            each step.
         step_fraction, chunk_size: see `training.path_backward`.
         refresh: every how many steps the pool grows; in a wake-sleep warm start, every how many steps new draws enter the buffer.
         output: folder for the finished posterior; tried before any work. None: nothing is written.
@@ -52,11 +56,12 @@ class PosteriorTraining(LightningModule):
     """
 
     def __init__(
-        self, posterior: Posterior, y: Tensor | None = None, data: Tensor | None = None, *, warm_start: float = 0.7, objective: str = "vargrad",
-        behaviours: dict[str, float] | None = None, extra_noise: float = 0.0, states: int = 256, observations: int = 8, draws: int = 8,
-        lr: float = 1e-3, lr_rtb: float = 1e-4, lr_log_z: float = 1e-2, clip: float | None = 10.0, max_grad_norm: float = 1.0,
-        ema_decay: float = 0.999, pool: int = 8192, pool_start: int = 1024, pool_growth: int = 256, slots: int = 256, capacity: int = 32,
-        step_fraction: float = 1.0, chunk_size: int | None = 1024, refresh: int = 20, output: str | None = None, test_draws: int = 64, seed: int = 0,
+        self, posterior: Posterior, y: Tensor | None = None, data: Tensor | None = None, *, warm_start: float = 0.7,
+        objective: str = "vargrad", behaviours: dict[str, float] | None = None, extra_noise: float = 0.0, states: int = 256,
+        observations: int = 8, draws: int = 8, lr: float = 1e-3, lr_rtb: float = 1e-4, lr_log_z: float = 1e-2,
+        clip: float | None = 10.0, max_grad_norm: float = 1.0, ema_decay: float = 0.999, pool: int = 8192, pool_start: int = 1024,
+        pool_growth: int = 256, slots: int = 256, capacity: int = 32, step_fraction: float = 1.0, chunk_size: int | None = 1024,
+        refresh: int = 20, output: str | None = None, test_draws: int = 64, seed: int = 0,
     ):  # fmt: skip
         super().__init__()
         self.automatic_optimization = False
@@ -268,7 +273,7 @@ class PosteriorTraining(LightningModule):
         first, last, peak = (0, warm, self.lr) if step < warm else (warm, self.trainer.max_steps, self.lr_rtb)
         done, length = step - first, max(1, last - first)
         factor = min(1.0, (done + 1) / min(50, length)) * (0.05 + 0.95 * (1 + math.cos(math.pi * done / length)) / 2)
-        for group, rate in zip(optimizer.param_groups, (peak, 10 * peak, self.lr_log_z)):
+        for group, rate in zip(optimizer.param_groups, (peak, 10 * peak, self.lr_log_z), strict=True):
             group["lr"] = rate * factor
 
     def on_train_end(self):
@@ -370,7 +375,7 @@ def fit(
     """
     check_count("steps", steps)
     module = PosteriorTraining(posterior, y, data, seed=seed, **options)
-    settings = {
+    settings: dict[str, Any] = {
         "accelerator": "cpu" if posterior.gate.device.type == "cpu" else "auto",
         "devices": 1,
         "logger": False,

@@ -7,13 +7,13 @@ trained estimate of x_0 and the log-scale of the step's standard deviations, (*b
 """
 
 import copy
+from typing import Any
 
 import torch
 from diffusers import UNet1DModel, UNet2DModel
 from torch import Tensor, nn
 
 from rtb_inverse.chains import Prior
-from rtb_inverse.schedules import expand
 from rtb_inverse.schedules import expand
 
 
@@ -65,7 +65,7 @@ class ConditionalUNet(nn.Module):
         super().__init__()
         self.channels = prior.shape[0]
         self.extra = condition_channels + self.channels
-        network = copy.deepcopy(prior.network).requires_grad_(lora_rank is None)
+        network: Any = copy.deepcopy(prior.network).requires_grad_(lora_rank is None)
         if lora_rank is not None:
             network = add_lora(network, lora_rank)
         self.two_dimensional = isinstance(network, UNet2DModel)
@@ -99,7 +99,8 @@ class ConditionalUNet(nn.Module):
         gate, alpha, r2 = self.input_gate[prior.step_index(t)], prior.schedule.alpha_sigma(t)[0], gaussian_estimate(prior, x_t, t)[1]
         moved = x_t + expand(gate * alpha, x_t) * r2.sqrt().to(x_t.dtype) * move
         seen = torch.cat([moved, condition.to(x_t.dtype).expand(*x_t.shape[:axis], *condition.shape[1:]), move], axis)
-        output = prior.predict(self.network, seen, t)
+        predict: Any = prior.predict
+        output = predict(self.network, seen, t)
         output, log_scale = output.split(self.channels, axis) if self.two_dimensional else (output, 0.0)
         return prior.schedule.to_x_0(output, x_t, t), log_scale
 
@@ -145,6 +146,11 @@ class ResidualMLP(nn.Module):
         d: dimension of x. m: of the condition.
         x_mean, x_std, y_mean, y_std: means and spreads, (d,) and (m,).
     """
+
+    x_mean: Tensor
+    x_std: Tensor
+    y_mean: Tensor
+    y_std: Tensor
 
     def __init__(self, x_mean: Tensor, x_std: Tensor, y_mean: Tensor, y_std: Tensor, width: int = 256, blocks: int = 2, octaves: int = 3):
         super().__init__()

@@ -1,6 +1,7 @@
 """What every way of getting samples ends in."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -53,7 +54,7 @@ class Particles:
         N, B = self.log_w.shape
         n = N if n is None else n
         cumulative = self.weights.double().cumsum(0).T.contiguous()
-        options = {"generator": generator, "device": self.x.device}
+        options: dict[str, Any] = {"generator": generator, "device": self.x.device}
         u = (torch.arange(n, device=self.x.device) + torch.rand((B, 1), dtype=torch.float64, **options)) / n
         index = torch.searchsorted(cumulative, u * cumulative[:, -1:]).clamp_max(N - 1)
         index = index.gather(1, torch.rand((B, n), **options).argsort(1)).T

@@ -5,9 +5,9 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg", force=False)
-import matplotlib.pyplot as plt  # noqa: E402
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
+import matplotlib.pyplot as plt
+import torch
+from torch import Tensor
 
 
 def image_grid(images: Tensor, file: str | Path, columns: int = 16, limits: tuple[float, float] = (-1.0, 1.0)) -> None:
@@ -44,7 +44,7 @@ def posterior_panel(
     columns += [(f"draw {i + 1}", draw, limits) for i, draw in enumerate(draws)]
     fig, axes = plt.subplots(len(mean), len(columns), figsize=(1.05 * len(columns), 1.05 * len(mean) + 0.3), dpi=120, squeeze=False)
     for row, line in enumerate(axes):
-        for ax, (title, images, bounds) in zip(line, columns):
+        for ax, (title, images, bounds) in zip(line, columns, strict=True):
             _show(ax, images[row], bounds, "magma" if title == "std" else "gray")
             if row == 0:
                 ax.set_title(title, fontsize=9)

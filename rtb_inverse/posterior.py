@@ -1,6 +1,7 @@
 r"""The trainable chain q(tau | y): a conditional copy of the prior's chain, and log Z(y)."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
@@ -35,6 +36,9 @@ class Posterior(Chain):
     Raises:
         ValueError: prior and problem of different shapes; start="guided" where the operator does not allow it.
     """
+
+    guide: nn.Module | None
+    network: Any  # a module with `estimate` and `forward`
 
     def __init__(
         self, prior: Prior, problem: InverseProblem, start: str | None = None, beta: float = 1.0, network: nn.Module | None = None,

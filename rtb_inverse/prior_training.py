@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import SchedulerMixin
+from diffusers import ModelMixin, SchedulerMixin
 from lightning.pytorch import LightningModule
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ class PriorTraining(LightningModule):
         ema_decay: decay of the averaged weights, which are the ones written.
         min_snr: weights are clipped as in Min-SNR (Hang et al. 2023, arXiv 2303.09556) at this signal-to-noise ratio, where given.
     """
+
+    network: ModelMixin
 
     def __init__(
         self, network: nn.Module, scheduler: SchedulerMixin, output: str, steps: int = 20, lr: float = 1e-3, warmup: int = 200,
@@ -91,7 +93,8 @@ class PriorTraining(LightningModule):
 
     @torch.no_grad()
     def save(self, folder: Path) -> None:
-        """Write network, scheduler, recommended steps and the denoiser's error on held-out data, as `DiffusersPrior.from_pretrained` reads them."""
+        """Write network, scheduler, recommended steps and the denoiser's error on held-out data, as `DiffusersPrior.from_pretrained`
+        reads them."""
         self.network.save_pretrained(folder / "unet")
         self.scheduler.save_pretrained(folder / "scheduler")
         (folder / "prior_config.json").write_text(json.dumps({"steps": self.steps}) + "\n")
@@ -106,6 +109,6 @@ class PriorTraining(LightningModule):
 
     def held_out(self) -> Tensor:
         """Clean examples of the first validation batch, repeated to at least 2,048 (each gets its own noise)."""
-        batch = next(iter(self.trainer.datamodule.val_dataloader()))
+        batch = next(iter(self.trainer.datamodule.val_dataloader()))  # type: ignore[attr-defined]
         x = (batch[0] if isinstance(batch, (list, tuple)) else batch).to(self.device)
         return x.repeat(-(-2048 // len(x)), *(1,) * (x.ndim - 1))

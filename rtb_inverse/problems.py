@@ -2,6 +2,7 @@ r"""Measurement models y = A(x) + noise, as normalised likelihoods p(y | x), so 
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
@@ -15,6 +16,8 @@ class GaussianNoise(nn.Module):
     Args:
         std: > 0, a number, or a tensor that broadcasts to y (one level per element).
     """
+
+    std: Tensor
 
     def __init__(self, std: float | Tensor):
         super().__init__()
@@ -40,6 +43,8 @@ class GaussianNoise(nn.Module):
 class MatrixOperator(nn.Module):
     """A(x) = A vec(x), for a matrix A of shape (m, d)."""
 
+    matrix: Tensor
+
     def __init__(self, matrix: Tensor):
         super().__init__()
         self.register_buffer("matrix", matrix)
@@ -63,6 +68,8 @@ class InverseProblem(nn.Module):
         mask: for operators that pick elements of x, the boolean mask of `shape` they pick; else None.
     """
 
+    operator: Callable[[Tensor], Tensor]
+    noise: Any  # a module with sample(clean, generator) and log_prob(clean, y, event_dim)
     mask: Tensor | None
     config: dict | None = None
 
@@ -106,9 +113,8 @@ class InverseProblem(nn.Module):
         return self
 
     def _probe(self, shape: torch.Size) -> None:
-        options = {"generator": torch.Generator().manual_seed(0)}
         device = next((b.device for b in self.buffers()), torch.device("cpu"))
-        x = torch.randn((3, *shape), **options).to(device)
+        x = torch.randn((3, *shape), generator=torch.Generator().manual_seed(0)).to(device)
         x[2] = x[0] + x[1]
         with torch.enable_grad():
             x.requires_grad_()
@@ -131,9 +137,9 @@ class InverseProblem(nn.Module):
             if pair.shape != (2, *clean.shape[1:]):
                 raise ValueError(f"operator must keep the batch: on 3 and 2 elements it gave {tuple(clean.shape)} and {tuple(pair.shape)}")
             zero, mirrored = pair
-            tolerance = {"rtol": 1e-4, "atol": 1e-4 * float(clean.abs().max() + 1e-12)}
-            additive = torch.allclose(clean[2] + zero, clean[0] + clean[1], **tolerance)
-            self.linear = bool(additive and torch.allclose(2 * zero, clean[0] + mirrored, **tolerance))
+            atol = 1e-4 * float(clean.abs().max() + 1e-12)
+            additive = torch.allclose(clean[2] + zero, clean[0] + clean[1], rtol=1e-4, atol=atol)
+            self.linear = bool(additive and torch.allclose(2 * zero, clean[0] + mirrored, rtol=1e-4, atol=atol))
         self.y_shape = clean.shape[1:]
 
     def forward(self, x: Tensor) -> Tensor:

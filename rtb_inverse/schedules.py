@@ -10,9 +10,10 @@ x_t = a x_s + b n, a = alpha_t / alpha_s, b^2 = sigma_t^2 - a^2 sigma_s^2, the s
 Every negative time is the clean end: alpha = 1, sigma = 0.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any, Mapping
+from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, SchedulerMixin

@@ -55,7 +55,7 @@ def perturb(parameters, generator, size=0.3):
 
 def added(posterior):
     """The weights that start at zero and read what the prior does not see."""
-    return [p for name, p in posterior.network.named_parameters() if "added" in name or name.startswith("last")]
+    return [p for name, p in posterior.network.named_parameters() if "added" in name or name == "input_gate" or name.startswith("last")]
 
 
 # The start
@@ -197,6 +197,29 @@ def test_condition_and_residual_are_both_read(kind, make_prior, generator):
     assert reads_y()
 
 
+@pytest.mark.parametrize("kind", ("unet2d", "unet1d"))
+def test_the_input_gate_moves_what_the_network_sees_towards_y(kind, make_prior, generator):
+    """With a gate of 1 and no noise, the seen elements of x_t arrive as sigma^2 x_t + alpha y: the estimate as if x_0 ~ N(0, I) is replaced
+    by y. The others arrive as they are, and the output is read at x_t."""
+    prior = make_prior(kind)
+    mask = torch.rand(prior.shape, generator=generator) < 0.5
+    problem = InverseProblem(lambda x: x[:, mask], GaussianNoise(1e-5), prior.shape)
+    problem.mask = mask
+    posterior = Posterior(prior, problem, start="prior")
+    y = observations(problem, prior, generator)
+    image = torch.zeros((B, *prior.shape))
+    image[:, mask] = y
+    for k in range(1, prior.steps):
+        x_t, t, _ = states(prior, generator, k)
+        alpha, sigma = (expand(c, x_t) for c in prior.schedule.alpha_sigma(t))
+        with torch.no_grad():
+            posterior.network.input_gate.zero_()
+            posterior.network.input_gate[prior.steps - 1 - k] = 1
+            seen = torch.where(mask, sigma**2 * x_t + alpha * image, x_t)
+            truth = prior.schedule.to_x_0(prior.predict(prior.network, seen, t), x_t, t)
+            torch.testing.assert_close(posterior.denoise(x_t, t, y)[0], truth, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_log_scale_head_scales_elements(kind, make_prior, generator):
     """UNet2DModel and the perceptron say a log-scale for every element; UNet1DModel none."""
@@ -244,7 +267,7 @@ def test_lora_starts_at_the_prior_and_trains_adapters_and_added_inputs_only(kind
     assert torch.equal(posterior.transition(x_t, t, s, y).mean, prior.transition(x_t, t, s).mean)
     named = dict(posterior.network.named_parameters())
     trained = {name for name, p in named.items() if p.requires_grad}
-    assert {name for name in named if "lora_" in name or "added" in name} == trained
+    assert {name for name in named if "lora_" in name or "added" in name or name == "input_gate"} == trained
     assert any("lora_" in name for name in trained) and any("added" in name for name in trained)
     full = Posterior(prior, matrix_problem(prior), start="prior")
     lora, whole = (sum(p.numel() for p in q.trainable()) for q in (posterior, full))
