@@ -42,6 +42,11 @@ class Pool:
     def __len__(self) -> int:
         return self.states.shape[1]
 
+    @property
+    def x(self) -> Tensor:
+        """The x_0 that are kept, (size, *shape)."""
+        return self.states[-1]
+
     def grow(self, n: int, generator: Generator, progress: bool = False) -> None:
         """Add n draws of the prior, unless the pool is the user's data or full."""
         n = min(n, self.size - len(self))

@@ -25,6 +25,7 @@ from rtb_inverse.schedules import FlowMatching, VarianceExploding, VariancePrese
 from rtb_inverse.training import score
 from tasks import Inpainting
 
+DIGITS = Path(__file__).parents[1] / "priors" / "digits"
 NAN, INF = float("nan"), float("inf")
 PRIOR = GaussianMixturePrior.random(3, 3, 0, torch.float64, steps=3)
 A = torch.tensor([[1.0, 0.0, 0.5], [0.0, 1.0, -0.5]], dtype=torch.float64)
@@ -103,7 +104,7 @@ CASES = {
         "chunk_size must be an integer of at least 1, got 0",
     ),
     "no step": (lambda: GaussianMixturePrior.random(3, 3, 0, steps=0), ValueError, "steps must be an integer of at least 1, got 0"),
-    "minus one step": (lambda: DiffusersPrior.from_pretrained("priors/digits", -1), ValueError, "steps must be an integer of .* got -1"),
+    "minus one step": (lambda: DiffusersPrior.from_pretrained(DIGITS, -1), ValueError, "steps must be an integer of .* got -1"),
     "no observation": (lambda: simulate_observations(POSTERIOR, 0), ValueError, "n must be an integer of at least 1, got 0"),
     # noise
     "noise 0": (lambda: GaussianNoise(0), ValueError, "noise_std must be finite and above 0, got 0"),
@@ -368,7 +369,7 @@ def test_weights_of_another_problem(name, tmp_path):
     Posterior(PRIOR, Inpainting((3,), [1, 0, 1], 0.5), width=8).save_pretrained(tmp_path)
     second = Inpainting((3,), [1, 1, 0], 0.5) if name == "mask" else Inpainting((3,), [1, 0, 1], 0.4)
     with pytest.raises(
-        ValueError, match="does not fit this posterior: it was trained on another problem, problem.(noise.std|mask) differs"
+        ValueError, match=r"does not fit this posterior: it was trained on another problem, problem.(noise.std|mask) differs"
     ):
         Posterior.from_pretrained(tmp_path, PRIOR, second)
 
@@ -408,7 +409,7 @@ def test_output_that_cannot_be_written_is_found_before_any_work(below, tmp_path)
     """A file in the folder's place: root, too, cannot write there."""
     (tmp_path / "taken").write_text("mine")
     with mock.patch.object(type(PRIOR), "sample", side_effect=AssertionError("work began")):
-        with pytest.raises(ValueError, match="output must be a folder that can be written to, got '.*taken"):
+        with pytest.raises(ValueError, match=r"output must be a folder that can be written to, got '.*taken"):
             fit(POSTERIOR, 2, output=str(tmp_path / "taken" / below), progress=False)
     assert (tmp_path / "taken").read_text() == "mine"
 
@@ -450,7 +451,13 @@ model:
     slots: 4
     states: 8
 data: {{class_path: rtb_inverse.ObservationData}}
-trainer: {{max_steps: 2, accelerator: cpu, logger: false, enable_checkpointing: false, enable_progress_bar: false, enable_model_summary: false}}
+trainer:
+  max_steps: 2
+  accelerator: cpu
+  logger: false
+  enable_checkpointing: false
+  enable_progress_bar: false
+  enable_model_summary: false
 """
 PROBLEM = "--model.init_args.posterior.init_args.problem"
 
@@ -499,14 +506,14 @@ def test_unknown_key_in_the_file(config, capsys):
 
 
 def test_predict_without_y(config):
-    with pytest.raises(ValueError, match="y must name a .npy or .safetensors file of observations for predict, got None"):
+    with pytest.raises(ValueError, match=r"y must name a .npy or .safetensors file of observations for predict, got None"):
         run(["predict", *config])
 
 
 @pytest.mark.parametrize("command", ["test", "predict"])
 def test_nothing_trained_yet(command, config, tmp_path):
     np.save(tmp_path / "y.npy", np.zeros((2, 1), dtype="float32"))
-    with pytest.raises(FileNotFoundError, match="output must be a folder with a trained posterior, got '.*out': run fit first"):
+    with pytest.raises(FileNotFoundError, match=r"output must be a folder with a trained posterior, got '.*out': run fit first"):
         run([command, *config, "--data.init_args.y", str(tmp_path / "y.npy")])
 
 
@@ -521,7 +528,7 @@ def test_checkpoints_that_do_not_fit(config, tmp_path):
     with pytest.raises(ValueError, match=r"ckpt_path does not fit this posterior: it was trained on another problem, problem.noise.std"):
         run([*again, f"{PROBLEM}.init_args.noise_std", "0.4"])
     torch.save({"state_dict": {}, "global_step": 1, "epoch": 0, "pytorch-lightning_version": "2.6.0"}, tmp_path / "other.ckpt")
-    with pytest.raises(ValueError, match="ckpt_path must be a checkpoint of PosteriorTraining"):
+    with pytest.raises(ValueError, match=r"ckpt_path must be a checkpoint of PosteriorTraining"):
         run(["fit", *config, "--ckpt_path", str(tmp_path / "other.ckpt")])
-    with pytest.raises(FileNotFoundError, match="Checkpoint file not found: .*none.ckpt"):
+    with pytest.raises(FileNotFoundError, match=r"Checkpoint file not found: .*none.ckpt"):
         run(["fit", *config, "--ckpt_path", str(tmp_path / "none.ckpt")])

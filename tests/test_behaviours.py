@@ -497,3 +497,20 @@ def test_weights_are_normalised():
 def test_weights_are_checked(weights, message):
     with pytest.raises(ValueError, match=message):
         check_weights(weights)
+
+
+def test_pool_keeps_whole_paths_of_an_inexact_chain(make_prior, generator):
+    """A network's chain is not the forward process reversed: what is kept are its own roll-outs, with y from their ends."""
+    prior = make_prior("unet2d")
+    posterior = Posterior(prior, InverseProblem(torch.nn.Flatten(), GaussianNoise(0.5)))
+    pool = Pool(posterior, size=6)
+    pool.grow(4, torch.Generator().manual_seed(3))
+    again = rollout(prior, 4, None, torch.Generator().manual_seed(3))
+    assert torch.equal(pool.states, again.x[:, :, 0])
+    states, y = pool.paths(2000, generator)
+    assert states.shape == (prior.steps + 1, 2000, *prior.shape)
+    assert (states[:, :, None] == pool.states[:, None]).flatten(3).all(-1).all(0).any(1).all()  # levels of one path stay together
+    assert_standard_normal(((y - states[-1].flatten(1)) / 0.5).T)
+    other = Pool(posterior)
+    other.load_state_dict(pool.state_dict())
+    assert torch.equal(other.states, pool.states)

@@ -8,12 +8,12 @@ import torch
 
 from priors import GaussianMixturePrior
 from rtb_inverse import training
-from rtb_inverse.chains import Trajectory, path_log_prob, rollout
+from rtb_inverse.chains import Trajectory, path_log_prob, rollout, step_log_prob
 from rtb_inverse.distributions import GaussianStep
 from rtb_inverse.objectives import half_square, rtb, vargrad, wake_sleep
 from rtb_inverse.posterior import Posterior
 from rtb_inverse.problems import GaussianNoise, InverseProblem, Reward
-from rtb_inverse.training import denoising_loss, path_backward, score
+from rtb_inverse.training import denoising_loss, path_backward, path_denoising_loss, score
 from tasks import Inpainting
 
 N, B = 3, 2
@@ -343,3 +343,22 @@ def test_denoising_without_an_observation(generator):
     assert loss.ndim == 0
     assert bool(torch.isfinite(loss))
     assert posterior.network.last.weight.grad.abs().max() > 0
+
+
+def test_path_denoising_loss_is_the_mean_over_steps(generator, monkeypatch):
+    """Averaged over all steps it is - log q of the paths, without x_T, per element of x."""
+    posterior = mixture_posterior(4)
+    paths = rollout(posterior.prior, 5, None, generator)
+    states, y = paths.x[:, :, 0], torch.randn((5, 2), generator=generator, dtype=torch.float64)
+    log_q = torch.stack(
+        [
+            step_log_prob(posterior, Trajectory(states[:, None], paths.times, y), k[None], torch.zeros(1, dtype=torch.long))[0]
+            for k in torch.arange(4)
+        ]
+    )
+    truth = -log_q.sum(0).mean() / 3
+    losses = []
+    for k in range(4):
+        monkeypatch.setattr("rtb_inverse.training.torch.randint", lambda *args, k=k, **options: torch.full((5,), k))
+        losses.append(path_denoising_loss(posterior, states, y, generator))
+    torch.testing.assert_close(torch.stack(losses).mean(), truth)
