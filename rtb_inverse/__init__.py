@@ -2,8 +2,9 @@
 
 from rtb_inverse.chains import Chain, Prior, Trajectory, path_log_prob, renoise, rollout
 from rtb_inverse.corrections import importance
+from rtb_inverse.data import ObservationData
 from rtb_inverse.evaluation import Observations, Report, evaluate, observe, simulate_observations
-from rtb_inverse.lightning import ObservationData, PosteriorTraining, fit
+from rtb_inverse.lightning import PosteriorTraining, fit
 from rtb_inverse.particles import Particles
 from rtb_inverse.posterior import Posterior
 from rtb_inverse.prior_training import PriorTraining

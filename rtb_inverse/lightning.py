@@ -1,21 +1,19 @@
 """Training a posterior with lightning: wiring only. The mathematics is in `training`, `objectives` and `behaviours`."""
 
 import math
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from rtb_inverse import checkpoints
 from rtb_inverse.averaging import ExponentialMovingAverage
 from rtb_inverse.behaviours import ObservationStore, Pool, check_weights, mixture
 from rtb_inverse.chains import rollout
-from rtb_inverse.checks import check_choice, check_count, check_positive, check_tensor, check_writable
+from rtb_inverse.checks import check_choice, check_count, check_positive, check_writable
+from rtb_inverse.data import ObservationData
 from rtb_inverse.diagnostics import log_mean_weight
 from rtb_inverse.evaluation import evaluate, observe, save_panel, simulate_observations
 from rtb_inverse.objectives import half_square, rtb, vargrad, wake_sleep
@@ -313,48 +311,6 @@ class PosteriorTraining(LightningModule):
             self.store.truth = True
         self.store.load_state_dict(sources["store"])
         self._restored = None
-
-
-class ObservationData(LightningDataModule):
-    """What a posterior is fed: a stream of step numbers in `fit` (the training draws its own paths), held-out observations in `test`,
-    the user's observations in `predict`.
-
-    Args:
-        simulated: how many observations `test` simulates from the prior's own draws.
-        held_out: clean examples for `test`, from which as many observations are simulated as it holds, at most `simulated`: a tensor
-            (M, *data_shape), the path of a .npy or .safetensors file, or a function without arguments that gives one of them.
-        y: observations for `predict`, (B, *y_shape): a tensor or the path of a .npy or .safetensors file.
-    """
-
-    def __init__(self, simulated: int = 64, held_out: Tensor | str | Callable | None = None, y: Tensor | str | None = None):
-        super().__init__()
-        self.simulated = check_count("simulated", simulated)
-        self.held_out, self.y = held_out, None if y is None else read_tensor("y", y)
-
-    def train_dataloader(self):
-        return DataLoader(range(10**9), batch_size=None)
-
-    def test_dataloader(self):
-        sources = [("simulated", self.simulated)]
-        if self.held_out is not None:
-            sources.append(("held_out", read_tensor("held_out", self.held_out)[: self.simulated]))
-        return DataLoader(sources, batch_size=None, collate_fn=lambda source: source)
-
-    def predict_dataloader(self):
-        if self.y is None:
-            raise ValueError("y must name a .npy or .safetensors file of observations for predict, got None (data.init_args.y)")
-        return DataLoader([self.y], batch_size=None)
-
-
-def read_tensor(name: str, source) -> Tensor:
-    """A float32 tensor from a tensor, an array file, or a function that gives one (or a tuple that starts with one)."""
-    if callable(source):
-        source = source()
-    if isinstance(source, (tuple, list)):
-        source = source[0]
-    if isinstance(source, (str, Path)):
-        source = checkpoints.load_array(name, Path(source))
-    return check_tensor(name, source).float()
 
 
 def fit(

@@ -11,7 +11,7 @@ from rtb_inverse.chains import Prior, path_log_prob, rollout
 from rtb_inverse.corrections import importance
 from rtb_inverse.diagnostics import effective_sample_size, elbo, sliced_wasserstein
 from rtb_inverse.evaluation import simulate_observations
-from rtb_inverse.lightning import fit
+from rtb_inverse.lightning import PosteriorTraining, fit
 from rtb_inverse.posterior import Posterior
 from rtb_inverse.problems import GaussianNoise, InverseProblem, Reward
 
@@ -170,6 +170,50 @@ def test_the_seed_decides_all(options):
         assert torch.equal(again[name], value), name
     assert not torch.equal(other["network.last.weight"], first["network.last.weight"])
     assert not torch.equal(other["log_z.bias"], first["log_z.bias"])
+
+
+class Noted:
+    """What each training step leaves behind: trained parameters, learning rates, how many steps the optimiser's moments hold."""
+
+    def __init__(self, monkeypatch):
+        self.weights, self.rates, self.ages = [], [], []
+        original = PosteriorTraining.training_step
+
+        def training_step(module, batch, index):
+            original(module, batch, index)
+            optimizer = module.optimizers().optimizer
+            self.weights.append([p.detach().clone() for p in module.posterior.trainable()])
+            self.rates.append([group["lr"] for group in optimizer.param_groups])
+            self.ages.append(int(optimizer.state[module.posterior.log_scale]["step"]))
+
+        monkeypatch.setattr(PosteriorTraining, "training_step", training_step)
+
+
+def test_what_a_fit_leaves_is_the_average(monkeypatch):
+    """avg <- d avg + (1 - d) parameter, d = min(decay, (1 + n) / (10 + n)), over all steps, in place of the last weights."""
+    posterior = Posterior(GaussianMixturePrior.random(2, 3, 1, steps=4), InverseProblem(torch.eye(2), GaussianNoise(1.0)), width=16)
+    average = [p.detach().clone() for p in posterior.trainable()]
+    noted = Noted(monkeypatch)
+    fit(posterior, 15, progress=False, states=16, pool_start=32, slots=8, warm_start=0.6, ema_decay=0.5)
+    for n, weights in enumerate(noted.weights):
+        d = min(0.5, (1 + n) / (10 + n))
+        average = [d * a + (1 - d) * w for a, w in zip(average, weights, strict=True)]
+    for ours, theirs, last in zip(posterior.trainable(), average, noted.weights[-1], strict=True):
+        torch.testing.assert_close(ours.detach(), theirs, rtol=1e-5, atol=1e-6)
+        assert not torch.equal(ours, last)
+
+
+def test_each_phase_starts_afresh(monkeypatch):
+    """New moments, and a warm-up and a fall of the learning rates below their peaks."""
+    posterior = Posterior(GaussianMixturePrior.random(2, 3, 1, steps=4), InverseProblem(torch.eye(2), GaussianNoise(1.0)), width=16)
+    noted = Noted(monkeypatch)
+    fit(posterior, 20, progress=False, states=16, pool_start=32, slots=8, warm_start=0.6, lr=1e-3, lr_rtb=1e-4)
+    assert noted.ages == [*range(1, 13), *range(1, 9)]
+    rates = [min(group) for group in noted.rates]
+    for phase, peak in ((rates[:12], 1e-3), (rates[12:], 1e-4)):
+        assert phase[0] < max(phase)
+        assert 0.3 * peak < max(phase) <= peak
+        assert phase[-1] < 0.2 * peak
 
 
 def test_training_leaves_the_prior_alone():

@@ -38,7 +38,7 @@ RANK = {
     "training": 6,
     "prior_training": 6,
     "plots": 6,
-    "report": 6,
+    "data": 6,
     "evaluation": 6,
     "lightning": 7,
     "cli": 8,
