@@ -24,7 +24,7 @@ VARIANCES = ("analytic", "small", "large")
 
 
 class Chain(nn.Module):
-    """A reverse chain on a time grid. Subclasses give `transition`, and `initial` where it is not N(0, sigma_T^2 I).
+    """A reverse chain on a time grid. Subclasses give `transition`, and `initial` where it is not N(0, (alpha_T^2 + sigma_T^2) I).
 
     Attributes:
         shape: shape of one x.
@@ -60,10 +60,11 @@ class Chain(nn.Module):
         return {"device": torch.device("cpu"), "dtype": torch.get_default_dtype()}
 
     def initial(self, sample_shape) -> Distribution:
-        """p(x_T) with batch shape `sample_shape`: N(0, sigma_T^2 I), sigma_T that of the grid's first time."""
+        """p(x_T) with batch shape `sample_shape`: N(0, (alpha_T^2 + sigma_T^2) I) at the grid's first time, which is x_T's law for
+        x_0 of mean 0 and variance 1: N(0, I) for variance-preserving schedules, wherever their grid starts."""
         options = self._options()
-        sigma = self.schedule.alpha_sigma(self.times[0])[1].to(**options)
-        return GaussianStep(torch.zeros((*sample_shape, *self.shape), **options), sigma, len(self.shape))
+        std = torch.hypot(*self.schedule.alpha_sigma(self.times[0])).to(**options)
+        return GaussianStep(torch.zeros((*sample_shape, *self.shape), **options), std, len(self.shape))
 
     def transition(self, x_t: Tensor, t: Tensor, s: Tensor, y: Tensor | None = None) -> Distribution:
         """p(x_s | x_t, y).

@@ -203,7 +203,7 @@ class VariancePreserving(Schedule):
 @dataclass(frozen=True)
 class VarianceExploding(Schedule):
     """x_t = x_0 + sigma_t n with sigma_t = sigma_min (sigma_max / sigma_min)^t for t in [0, 1]; the network is told sigma_t
-    (diffusers' ScoreSdeVe; Song et al. 2021, arXiv 2011.13456). The chain starts from N(0, sigma_max^2 I)."""
+    (diffusers' ScoreSdeVe; Song et al. 2021, arXiv 2011.13456)."""
 
     sigma_min: float = 0.01
     sigma_max: float = 1348.0

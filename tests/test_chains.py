@@ -92,9 +92,17 @@ def test_initial_draws_what_it_scores(kind, schedule, make_prior, generator, ass
     assert_mean(x, dist.mean)
     assert_mean((x - dist.mean) ** 2, dist.variance)
     if kind != "mixture":
-        sigma = float(schedule.alpha_sigma(chain.times[0])[1])
-        truth = Independent(Normal(torch.zeros(chain.shape), sigma), len(chain.shape))
+        alpha, sigma = (float(c) for c in schedule.alpha_sigma(chain.times[0]))
+        truth = Independent(Normal(torch.zeros(chain.shape), (alpha**2 + sigma**2) ** 0.5), len(chain.shape))
         torch.testing.assert_close(dist.log_prob(x[:3]), truth.log_prob(x[:3]))
+
+
+def test_a_leading_grid_starts_from_unit_noise_as_diffusers_does(make_prior):
+    """Its first time is far from the last: alpha is 0.35 there, and N(0, sigma^2) would be too narrow."""
+    schedule = VariancePreserving(beta_schedule="squaredcos_cap_v2", timestep_spacing="leading", prediction_type="v_prediction")
+    chain = make_prior("unet2d", schedule)
+    assert float(schedule.alpha_sigma(chain.times[0])[0]) > 0.3
+    torch.testing.assert_close(chain.initial((1,)).stddev, torch.ones((1, *chain.shape)))
 
 
 @pytest.mark.parametrize("kind", ("mixture", "unet2d"))
