@@ -3,6 +3,8 @@
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningCLI
 
+from rtb_inverse.lightning import quiet
+
 
 class CommandLine(LightningCLI):
     """Lightning's command line with safe defaults: nothing is unpickled but tensors and plain types, and a bad option is one line."""
@@ -23,16 +25,17 @@ class CommandLine(LightningCLI):
 
 def run(args: list[str] | None = None) -> CommandLine:
     """Run the command line and return it, with the `model`, `datamodule` and `trainer` it made; `args` stands for sys.argv[1:]."""
-    return CommandLine(
-        LightningModule,
-        LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        seed_everything_default=0,
-        save_config_callback=None,
-        auto_configure_optimizers=False,
-        args=args,
-    )
+    with quiet():
+        return CommandLine(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            save_config_callback=None,
+            auto_configure_optimizers=False,
+            args=args,
+        )
 
 
 def main(args: list[str] | None = None) -> None:

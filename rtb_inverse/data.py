@@ -28,7 +28,8 @@ class ObservationData(LightningDataModule):
         self.held_out, self.y = held_out, None if y is None else read_tensor("y", y)
 
     def train_dataloader(self):
-        return DataLoader(range(10**9), batch_size=None)
+        steps = self.trainer.max_steps if self.trainer is not None else -1
+        return DataLoader(range(steps if steps > 0 else 10**9), batch_size=None)
 
     def test_dataloader(self):
         sources = [("simulated", self.simulated)]

@@ -1,6 +1,10 @@
 """Training a posterior with lightning: wiring only. The mathematics is in `training`, `objectives` and `behaviours`."""
 
+import logging
 import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -338,5 +342,21 @@ def fit(
         "enable_checkpointing": False,
     }
     settings |= {"enable_model_summary": False, "enable_progress_bar": progress, "callbacks": [TQDMProgressBar()] if progress else []}
-    Trainer(max_steps=steps, **(settings | (trainer or {}))).fit(module, ObservationData())
+    with quiet():
+        Trainer(max_steps=steps, max_epochs=1, **(settings | (trainer or {}))).fit(module, ObservationData())
     return posterior
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without lightning's advice that does not apply: the networks are in eval mode on purpose, and the steps need no workers."""
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    level = logger.level
+    with warnings.catch_warnings():
+        for message in (r".*in eval mode at the start of training", r".*treespec", r".*does not have many workers"):
+            warnings.filterwarnings("ignore", message)
+        logger.setLevel(logging.WARNING)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)

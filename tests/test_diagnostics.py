@@ -1,4 +1,4 @@
-"""Diagnostics against closed forms, scipy and known truths. Statistical checks ask for |z| < 4: a correct one fails once in 16,000 seeds."""
+"""Diagnostics against closed forms, scipy and known truths. Statistical checks ask for |z| < 4: once in 16,000 seeds by chance."""
 
 import json
 import math

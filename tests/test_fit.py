@@ -90,7 +90,7 @@ def test_evidence_of_a_fitted_posterior(trained):
     assert bool((elbo(draws.log_w) < truth + 4.5 * draws.log_w.std(0) / 1024**0.5).all())
     # an untrained log Z is 0 for all y; the learned one follows
     learned = posterior.log_evidence(y).detach()
-    assert float((learned - truth).abs().mean()) < 0.5 * float(truth.abs().mean())
+    assert float((learned - truth).abs().mean()) < 0.25 * float(truth.abs().mean())
 
 
 def test_paths_are_as_effective_as_the_oracles(trained):
@@ -129,7 +129,7 @@ def gain(posterior: Posterior, y, train) -> float:
 SMALL = {"progress": False, "states": 128, "lr": 4e-3, "lr_rtb": 2e-3, "pool_start": 256, "ema_decay": 0.98}
 
 
-@pytest.mark.parametrize(("objective", "warm_start"), [("vargrad", 0.0), ("rtb", 0.0), ("rtb", 1.0)])
+@pytest.mark.parametrize(("objective", "warm_start"), [("vargrad", 0.0), ("rtb", 0.0), ("wake_sleep", 0.0), ("rtb", 1.0)])
 def test_one_observation(objective, warm_start):
     prior = GaussianMixturePrior.random(2, 3, 1, steps=8)
     posterior = Posterior(prior, InverseProblem(torch.tensor([[0.6, 0.8]]), GaussianNoise(1.0)), "prior", width=32)

@@ -49,6 +49,7 @@ data:
   class_path: rtb_inverse.ObservationData
 trainer:
   max_steps: 16
+  max_epochs: 1
   accelerator: cpu
   logger: false
   enable_progress_bar: false
