@@ -131,14 +131,15 @@ class ObservationStore:
         self.log_reward[index.expand_as(slot), slot] = log_reward.where(~log_reward.isnan(), -torch.inf)
         self.cursor[index] += len(x_0)
 
-    def good(self, index: Tensor, n: int, generator: Generator) -> Tensor:
-        """n draws x_0 from each buffer, by reward with a floor: (n, B, *shape)."""
+    def good(self, index: Tensor, n: int, generator: Generator, uniform: float | None = None) -> Tensor:
+        """n draws x_0 from each buffer, by reward with a floor (of weight `uniform`, by default the store's): (n, B, *shape)."""
+        uniform = self.uniform if uniform is None else uniform
         log_reward = self.log_reward[index]
         held = torch.isfinite(log_reward)
         if not held.any(1).all():
             raise RuntimeError("a replay buffer is empty: insert draws before replaying")
         by_reward = log_reward.softmax(1)
-        probability = (1 - self.uniform) * by_reward + self.uniform * held / held.sum(1, keepdim=True)
+        probability = (1 - uniform) * by_reward + uniform * held / held.sum(1, keepdim=True)
         pick = torch.multinomial(probability, n, replacement=True, generator=generator).T
         return self.x_0[index, pick]
 

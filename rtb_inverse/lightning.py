@@ -47,7 +47,8 @@ class PosteriorTraining(LightningModule):
             number per step, take ten times the chain's.
         clip: Huber threshold of the residual, in nats; null for none (`objectives.half_square`).
         pool: how many prior draws to keep for simulation (draws of the posterior, in a wake-sleep warm start), of which `pool_start` are
-            drawn before the first step and `pool_growth` every `refresh` steps.
+            drawn before the first step and `pool_growth` every `refresh` steps. A network's prior keeps whole roll-outs, K + 1 states
+            each, in memory and in every checkpoint: take a smaller pool for large x.
         slots: observations kept with replay buffers of `capacity` x_0 each (amortised mode); a quarter of the chosen ones is renewed at
             each step.
         step_fraction, chunk_size: see `training.path_backward`.
@@ -170,7 +171,8 @@ class PosteriorTraining(LightningModule):
         else:
             if step % self.refresh == 0:
                 self._gather(step)
-            x_0, y = self.store.good(torch.zeros(1, dtype=torch.long, device=self.device), self.states, self.generator)[:, 0], None
+            only = torch.zeros(1, dtype=torch.long, device=self.device)  # what entered by weight is drawn evenly
+            x_0, y = self.store.good(only, self.states, self.generator, uniform=1.0)[:, 0], None
         loss = denoising_loss(self.posterior, x_0, y, self.generator)
         self.manual_backward(loss)
         return loss.detach()
@@ -183,7 +185,7 @@ class PosteriorTraining(LightningModule):
         self.ema.swap()
         weights = (log_p + log_lik - log_q)[:, 0].softmax(0)
         pick = torch.multinomial(weights, len(weights), replacement=True, generator=self.generator)
-        self.store.insert(torch.zeros(1, dtype=torch.long, device=self.device), paths.x_0[pick], torch.zeros_like(log_q[pick]))
+        self.store.insert(torch.zeros(1, dtype=torch.long, device=self.device), paths.x_0[pick], log_lik[pick])
 
     def _path_step(self, step: int, warm: int) -> Tensor:
         store, posterior = self.store, self.posterior

@@ -55,8 +55,7 @@ def posterior_panel(
 
 def _show(ax, image: Tensor, limits: tuple[float, float], cmap: str = "gray") -> None:
     image = image.detach().float().cpu()
-    colours = plt.get_cmap(cmap).copy()
-    colours.set_bad("#c8b89a")
+    colours = plt.get_cmap(cmap).with_extremes(bad="#c8b89a")
     if len(image) == 1 or cmap != "gray":
         ax.imshow(image.mean(0), cmap=colours, vmin=limits[0], vmax=limits[1], interpolation="nearest")
     else:
