@@ -44,7 +44,6 @@ def main() -> None:
     print("|---" * (len(COLUMNS) + 4) + "|", flush=True)
     for name in args.rows:
         start, options = ROWS[name]
-        torch.manual_seed(args.seed)  # initial weights of log Z
         posterior, began = Posterior(prior, problem, start=start), time.process_time()
         if options is not None:
             fit(posterior, args.steps, args.seed, progress=False, **options)

@@ -121,7 +121,6 @@ def make_problem(name: str, steps: int = 40) -> Problem:
 def train(problem: Problem, method: str, seconds: float, seed: int) -> tuple[Posterior, float, int]:
     """Train for about that many CPU-seconds: the speed of each phase is measured on a few steps first."""
     options, fresh = METHODS[method], lambda: Posterior(problem.prior, problem.problem)
-    torch.manual_seed(seed)  # the initial weights of the network
     if options is None:
         return fresh(), 0.0, 0
     trial = 20

@@ -79,7 +79,6 @@ def main() -> None:
             flush=True,
         )
 
-        torch.manual_seed(seed)
         options = {"states": 1024, "pool_start": 4096, "pool_growth": 1024, "pool": 32768, "refresh": 20, "lr": 2e-3, "warm_start": 0.9}
         options |= {"draws": 256, "observations": 1, "chunk_size": None, "progress": False}
         start = time.process_time()
