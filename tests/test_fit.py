@@ -158,7 +158,7 @@ def weights_after(steps: int, seed: int, global_seed: int, **options) -> dict[st
     with torch.random.fork_rng():
         torch.manual_seed(global_seed)
         posterior = Posterior(GaussianMixturePrior.random(2, 3, 1, steps=4), InverseProblem(torch.eye(2), GaussianNoise(1.0)), width=16)
-        fit(posterior, steps, seed, progress=False, states=16, pool_start=32, slots=8, refresh=3, **options)
+        fit(posterior, steps, seed, progress=False, warm_start=0.7, states=16, pool_start=32, slots=8, refresh=3, **options)
     return {name: value.clone() for name, value in posterior.state_dict().items()}
 
 
@@ -221,7 +221,7 @@ def test_training_leaves_the_prior_alone():
     held = {name: value.clone() for name, value in prior.state_dict().items()}
     posterior = Posterior(prior, InverseProblem(torch.eye(2), GaussianNoise(1.0)), width=16)
     start = {name: value.clone() for name, value in posterior.weights().items()}
-    fit(posterior, 12, progress=False, states=16, pool_start=32, slots=8)
+    fit(posterior, 12, progress=False, warm_start=0.5, states=16, pool_start=32, slots=8)
     assert all(torch.equal(prior.state_dict()[name], value) for name, value in held.items())
     moved = {name for name, value in posterior.weights().items() if not torch.equal(value, start[name])}
     assert {name for name, p in posterior.named_parameters() if p.requires_grad} <= moved
