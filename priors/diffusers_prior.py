@@ -7,10 +7,11 @@ import torch
 from diffusers import UNet1DModel, UNet2DModel
 from torch import Tensor, nn
 
-from rtb_inverse.chains import Prior, measure_denoiser_error
+from rtb_inverse.chains import Prior
 from rtb_inverse.checkpoints import ERROR_FILE, load_model, load_weights, read_json, resolve_folder, save_tensors, write_json
 from rtb_inverse.checks import check_tensor
-from rtb_inverse.schedules import Schedule, expand, schedule_from_config
+from rtb_inverse.denoiser_error import DenoiserError
+from rtb_inverse.schedules import Schedule, schedule_from_config
 
 MODELS = {"UNet2DModel": UNet2DModel, "UNet1DModel": UNet1DModel}
 
@@ -22,18 +23,17 @@ class DiffusersPrior(Prior):
         network: `UNet2DModel` or `UNet1DModel`; called as network(x_t, t).sample.
         schedule: a `Schedule`, or a diffusers scheduler (its config is read).
         steps: K, the number of denoising steps of the chain.
-        error_times, error: r_t^2 = E (x_0 - x0hat(x_t))^2 at these times, (J,) increasing and (J, *shape). Without them the
-            steps take the variance "small"; `measure_error` finds them.
+        error: r_t^2 and C_t, how far x0hat is from x_0 on average. Without it the steps take the variance "small" and guidance
+            supposes x_0 ~ N(0, I); `measure_error` finds it.
         eta, variance, min_std: see `rtb_inverse.chains.Prior`.
     """
 
     network: UNet2DModel | UNet1DModel
-    error_times: Tensor | None
-    error: Tensor | None
+    error: DenoiserError | None
 
     def __init__(
-        self, network: nn.Module, schedule, steps: int = 20, *, error_times: Tensor | None = None, error: Tensor | None = None,
-        eta: float = 1.0, variance: str = "analytic", min_std: float = 0.01,
+        self, network: nn.Module, schedule, steps: int = 20, *, error: DenoiserError | None = None, eta: float = 1.0,
+        variance: str = "analytic", min_std: float = 0.01,
     ):  # fmt: skip
         config: Any = network.config
         size, channels = config.sample_size, config.in_channels
@@ -43,11 +43,7 @@ class DiffusersPrior(Prior):
         schedule = schedule if isinstance(schedule, Schedule) else schedule_from_config(schedule)
         super().__init__((channels, *size), schedule, steps, eta, variance, min_std)
         self.network = network.requires_grad_(False).eval()
-        self._set_error(error_times, error)
-
-    def _set_error(self, times: Tensor | None, error: Tensor | None) -> None:
-        self.register_buffer("error_times", None if times is None else times.double(), persistent=False)
-        self.register_buffer("error", None if error is None else error.double(), persistent=False)
+        self.error = error
 
     @classmethod
     def from_pretrained(
@@ -82,7 +78,7 @@ class DiffusersPrior(Prior):
         options = read_json(folder / "prior_config.json") if (folder / "prior_config.json").is_file() else {}
         given = {"steps": steps, "eta": eta, "variance": variance, "min_std": min_std}
         options |= {name: value for name, value in given.items() if value is not None}
-        return cls(network, schedule, error_times=tables.get("times"), error=tables.get("error"), **options)
+        return cls(network, schedule, error=DenoiserError(**tables) if tables else None, **options)
 
     def train(self, mode: bool = True) -> "DiffusersPrior":
         return super().train(False)
@@ -98,19 +94,16 @@ class DiffusersPrior(Prior):
         return output.reshape(*batch, *output.shape[1:])
 
     def denoiser_error(self, t):
-        if self.error is None:
-            return None
-        knots, values = self.error_times.to(t.device), self.error.to(t.device)
-        position = t.double().clamp(float(knots[0]), float(knots[-1]))
-        high = torch.searchsorted(knots, position).clamp(1, len(knots) - 1)
-        weight = (position - knots[high - 1]) / (knots[high] - knots[high - 1])
-        return torch.lerp(values[high - 1], values[high], expand(weight, values.new_empty(weight.shape + self.shape)))
+        return None if self.error is None else self.error(t)
+
+    def denoiser_covariance(self, t):
+        return None if self.error is None else self.error.covariance(t)
 
     def measure_error(self, x: Tensor, knots: int = 64, generator: torch.Generator | None = None) -> "DiffusersPrior":
-        """Measure r_t^2 at `knots` times on clean examples x (M, *shape), held out from training or drawn from the prior. Returns
-        itself."""
+        """Measure r_t^2 and C_t at up to `knots` times on clean examples x (M, *shape): draws of the prior, or data held out from
+        training. Returns itself."""
         check_tensor("x", x, self.shape)
-        self._set_error(*measure_denoiser_error(self.schedule, self.denoise, x, knots, generator))
+        self.error = DenoiserError.measure(self.schedule, self.denoise, x, len(self.shape), knots, generator=generator)
         return self
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -120,4 +113,4 @@ class DiffusersPrior(Prior):
         write_json(self.schedule.config(), folder / "scheduler" / "scheduler_config.json")
         write_json({"steps": self.steps, "eta": self.eta, "variance": self.variance, "min_std": self.min_std}, folder / "prior_config.json")
         if self.error is not None:
-            save_tensors({"times": self.error_times, "error": self.error}, folder / ERROR_FILE)
+            save_tensors(self.error.tensors(), folder / ERROR_FILE)

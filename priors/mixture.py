@@ -14,11 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rtb_inverse.chains import Prior, measure_denoiser_error
+from rtb_inverse.chains import Prior
 from rtb_inverse.checkpoints import WEIGHTS, load_into, load_weights, read_json, save_tensors, write_json
 from rtb_inverse.checks import check_positive
+from rtb_inverse.denoiser_error import DenoiserError
 from rtb_inverse.distributions import SeededDistribution
-from rtb_inverse.schedules import CLEAN, Schedule, VariancePreserving, expand, schedule_from_config
+from rtb_inverse.schedules import CLEAN, Schedule, VariancePreserving, schedule_from_config
 
 
 def into_basis(x: Tensor, basis: Tensor) -> Tensor:
@@ -119,7 +120,7 @@ class GaussianMixturePrior(Prior):
         self.register_buffer("means", means)
         self.register_buffer("eigenvalues", eigenvalues)
         self.register_buffer("basis", basis)
-        self._error: tuple[Tensor, Tensor] | None = None
+        self._measured: DenoiserError | None = None
 
     @property
     def covariances(self) -> Tensor:
@@ -162,19 +163,21 @@ class GaussianMixturePrior(Prior):
     def denoise(self, x_t, t):
         return self.transition(x_t, t, t.new_tensor(CLEAN)).mean
 
-    def denoiser_error(self, t):
-        """Measured once, on 4,096 exact draws, and averaged over the elements (d of them)."""
-        if self._error is None:
+    @property
+    def error(self) -> DenoiserError:
+        """Measured once, on 4,096 exact draws."""
+        if self._measured is None:
             generator = torch.Generator(self.means.device).manual_seed(0)
             x_0 = self.distribution.sample((4096,), generator)
-            times, error = measure_denoiser_error(self.schedule, self.denoise, x_0, 128, generator)
-            self._error = times, error.flatten(1).mean(1)
-        times, error = (c.to(t.device) for c in self._error)
-        position = t.double().clamp(float(times[0]), float(times[-1]))
-        high = torch.searchsorted(times, position).clamp(1, len(times) - 1)
-        weight = (position - times[high - 1]) / (times[high] - times[high - 1])
-        level = torch.lerp(error[high - 1], error[high], weight)
-        return expand(level, level.new_empty(level.shape + self.shape)).expand(level.shape + self.shape)
+            options = {"event_dim": 1, "knots": 128, "factor_knots": 32, "rank": self.shape[0]}
+            self._measured = DenoiserError.measure(self.schedule, self.denoise, x_0, generator=generator, **options)
+        return self._measured
+
+    def denoiser_error(self, t):
+        return self.error(t)
+
+    def denoiser_covariance(self, t):
+        return self.error.covariance(t)
 
     def _observe(self, A: Tensor, noise_std, y: Tensor):
         noise_std = torch.as_tensor(noise_std, dtype=A.dtype, device=A.device)

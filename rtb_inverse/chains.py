@@ -7,7 +7,7 @@ by its true Markov increments (`renoise`): x_t = a x_s + b n.
 Tensors are (N, B, *shape): N draws for each of B observations. Nothing here looks at `shape`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise, takewhile
 
@@ -114,6 +114,11 @@ class Prior(Chain):
         """r_t^2 = E (x_0 - denoise(x_t, t))^2, of shape (*t.shape, *shape), float64; None where it is not known."""
         return None
 
+    def denoiser_covariance(self, t: Tensor) -> Tensor | None:
+        """C_t = E (x_0 - denoise(x_t, t)) (x_0 - denoise(x_t, t))^T at one time t, (d, d) with d the number of elements of x, float64;
+        None where it is not known. Its diagonal is `denoiser_error`."""
+        return None
+
     def transition(self, x_t, t, s, y=None):
         return self.gaussian_step(x_t, self.denoise(x_t, t), t, s)
 
@@ -167,24 +172,6 @@ class Prior(Chain):
 
 def _exp(log_scale: Tensor | float) -> Tensor | float:
     return log_scale.exp() if isinstance(log_scale, Tensor) else 1.0
-
-
-@torch.no_grad()
-def measure_denoiser_error(
-    schedule: Schedule, denoise: Callable, x_0: Tensor, knots: int = 64, generator: Generator | None = None
-) -> tuple[Tensor, Tensor]:
-    """r_t^2 = E (x_0 - denoise(x_t, t))^2, element by element, over clean examples x_0 (M, *shape).
-
-    Returns:
-        Increasing times (J,) and errors (J, *shape), float64.
-    """
-    times = schedule.times(knots)[:-1].flip(0)
-    errors = []
-    for t in times:
-        noise = torch.randn(x_0.shape, generator=generator, device=x_0.device, dtype=x_0.dtype)
-        x_t = schedule.add_noise(x_0, noise, t)
-        errors.append((denoise(x_t, t) - x_0).double().square().mean(0))
-    return times.to(x_0.device), torch.stack(errors)
 
 
 @dataclass

@@ -5,7 +5,8 @@ Take x_0 ~ N(x0hat, r^2) (the denoiser's error) and y = A(x_0) + sigma n. The Ga
     x0hat + r^2 J^T (r^2 J J^T + sigma^2)^{-1} (y - A(x0hat)),   J = dA/dx at x0hat,
 
 and it leaves the variance r^2 sigma^2 / (r^2 s^2 + sigma^2) along a singular vector of J with singular value s. It needs no
-derivative of the network. (The estimate of Song et al. 2023, PiGDM, without its network Jacobian.)
+derivative of the network. (The estimate of Song et al. 2023, PiGDM, without its network Jacobian.) Where the whole covariance C_t of
+the error is known, it stands in place of r^2 I: then what is seen moves what is not.
 """
 
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from rtb_inverse.chains import Prior
 from rtb_inverse.problems import GaussianNoise, InverseProblem
 
 DENSE_LIMIT = 2**22
@@ -54,6 +56,17 @@ class MaskGuidance(nn.Module):
         return Update(gain.to(x_0.dtype) * (image - x_0), 1 - gain)
 
 
+def affine(problem: InverseProblem) -> tuple[Tensor, Tensor]:
+    """The matrix (m, d) and the offset (m,) of an affine operator."""
+    operator = problem.operator if isinstance(problem.operator, nn.Module) else nn.Identity()
+    own = (c.dtype for c in (*operator.parameters(), *operator.buffers()) if c.is_floating_point())
+    zero = torch.zeros((1, *problem.shape), device=problem.noise.std.device, dtype=next(own, torch.get_default_dtype()))
+    with torch.no_grad():
+        offset = problem(zero)[0].flatten()
+        columns = torch.eye(zero.numel(), device=zero.device, dtype=zero.dtype).reshape(-1, *problem.shape)
+        return torch.cat([problem(part).reshape(len(part), -1) - offset for part in columns.split(256)]).T, offset
+
+
 class DenseGuidance(nn.Module):
     """A small affine operator: the update is exact by the singular value decomposition of its whitened matrix.
     The errors of the elements are averaged to one level."""
@@ -65,19 +78,14 @@ class DenseGuidance(nn.Module):
 
     def __init__(self, problem: InverseProblem):
         super().__init__()
-        operator = problem.operator if isinstance(problem.operator, nn.Module) else nn.Identity()
-        own = (c.dtype for c in (*operator.parameters(), *operator.buffers()) if c.is_floating_point())
-        zero = torch.zeros((1, *problem.shape), device=problem.noise.std.device, dtype=next(own, torch.get_default_dtype()))
-        offset = problem(zero)[0].flatten()
-        columns = torch.eye(zero.numel(), device=zero.device, dtype=zero.dtype).reshape(-1, *problem.shape)
-        matrix = torch.cat([problem(part).reshape(len(part), -1) - offset for part in columns.split(256)]).T.detach()
+        matrix, offset = affine(problem)
         std = problem.noise.std.expand(problem.y_shape).flatten()
         self.event_dim = len(problem.shape)
         U, S, Vh = torch.linalg.svd((matrix / std[:, None]).double(), full_matrices=False)
         self.register_buffer("basis", Vh.T.to(matrix.dtype).contiguous(), persistent=False)
         self.register_buffer("singular", S, persistent=False)
         self.register_buffer("whiten", (U.T / std).to(matrix.dtype), persistent=False)  # y to U^T y / sigma
-        self.register_buffer("offset", offset.detach(), persistent=False)
+        self.register_buffer("offset", offset, persistent=False)
 
     def forward(self, x_0: Tensor, y: Tensor, error: Tensor) -> Update:
         level = error.flatten(error.ndim - self.event_dim).mean(-1, keepdim=True)
@@ -86,6 +94,65 @@ class DenseGuidance(nn.Module):
         known = x_0.flatten(x_0.ndim - self.event_dim) @ basis * self.singular.to(x_0.dtype)
         move = (level * self.singular * shrink).to(x_0.dtype) * ((y.reshape(len(y), -1) - offset) @ whiten.T - known)
         return Update((move @ basis.T).reshape(x_0.shape), shrink, basis)
+
+
+class CovarianceGuidance(nn.Module):
+    """A small affine operator and a known covariance C_t of the denoiser's error: the gain is C_t A^T (A C_t A^T + sigma^2)^{-1}. The
+    variance shrinks element by element where A picks elements, else along the singular vectors of the whitened A.
+
+    Args:
+        covariance: C_t (d, d) at one time t, float64.
+        beta: inverse temperature of the likelihood.
+    """
+
+    matrix: Tensor
+    offset: Tensor
+    noise_variance: Tensor
+    basis: Tensor | None
+
+    def __init__(self, problem: InverseProblem, covariance: Callable[[Tensor], Tensor], beta: float = 1.0):
+        super().__init__()
+        matrix, offset = affine(problem)
+        std = problem.noise.std.expand(problem.y_shape).flatten().double()
+        basis = None
+        if problem.mask is None:
+            basis = torch.linalg.svd(matrix.double() / std[:, None], full_matrices=False)[2].T.contiguous()
+        for name, value in {"matrix": matrix, "offset": offset, "noise_variance": std**2 / beta, "basis": basis}.items():
+            self.register_buffer(name, value, persistent=False)
+        self.event_dim, self.covariance = len(problem.shape), covariance
+        self._known: dict[float, tuple[Tensor, Tensor]] = {}
+
+    def gain(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """At one time: the gain (d, m), and what is left of the variance, relative to the mean of C_t's diagonal along the basis (m,),
+        to its own diagonal without one (d,). Kept: a grid has few times."""
+        if float(t) not in self._known:
+            C, A = self.covariance(t), self.matrix.double()
+            S = A @ C @ A.T + torch.diag(self.noise_variance)
+            gain = torch.linalg.solve(S, A @ C).T
+            left = C - gain @ A @ C
+            if self.basis is None:
+                shrink = left.diagonal() / C.diagonal()
+            else:
+                shrink = ((left @ self.basis) * self.basis).sum(0) / C.diagonal().mean()
+            self._known[float(t)] = gain, shrink.clamp_min(1e-9)
+        return self._known[float(t)]
+
+    def forward(self, x_0: Tensor, y: Tensor, t: Tensor) -> Update:
+        matrix, offset = (c.to(x_0.device, x_0.dtype) for c in (self.matrix, self.offset))
+        residual = y.flatten(1) - offset - x_0.flatten(x_0.ndim - self.event_dim) @ matrix.T
+        times, which = t.unique(return_inverse=True)
+        gains, shrinks = zip(*(self.gain(time) for time in times), strict=True)
+        gains = [gain.to(x_0.device, x_0.dtype) for gain in gains]
+        delta, rows = x_0.new_empty((*residual.shape[:-1], matrix.shape[1])), which.expand(residual.shape[:-1])
+        for i, gain in enumerate(gains):  # one matrix product for all states of one time
+            if len(gains) == 1:
+                delta = residual @ gain.T
+            else:
+                delta[rows == i] = residual[rows == i] @ gain.T
+        shrink = torch.stack(shrinks).to(x_0.device)[which]
+        if self.basis is not None:
+            return Update(delta.reshape(x_0.shape), shrink, self.basis.to(x_0.device, x_0.dtype))
+        return Update(delta.reshape(x_0.shape), shrink.reshape(*t.shape, *x_0.shape[x_0.ndim - self.event_dim :]))
 
 
 class GradientGuidance(nn.Module):
@@ -162,3 +229,13 @@ def guidance(problem: InverseProblem, decode: Callable[[Tensor], Tensor] | None 
     if problem.shape.numel() * problem.y_shape.numel() <= DENSE_LIMIT:
         return DenseGuidance(problem)
     return GradientGuidance(problem, problem, iterations=5, clip=None)
+
+
+def covariance_guidance(problem: InverseProblem, prior: Prior, beta: float) -> CovarianceGuidance | None:
+    """Where the operator is affine and small and the prior knows the covariance of its error; else None."""
+    small = problem.shape.numel() * problem.y_shape.numel() <= DENSE_LIMIT
+    if prior.decodes or not isinstance(problem.noise, GaussianNoise) or not problem.linear or not small:
+        return None
+    if prior.denoiser_covariance(prior.times[0]) is None:
+        return None
+    return CovarianceGuidance(problem, prior.denoiser_covariance, beta)

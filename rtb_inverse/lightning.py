@@ -22,7 +22,7 @@ from rtb_inverse.diagnostics import log_mean_weight
 from rtb_inverse.evaluation import evaluate, observe, save_panel, simulate_observations
 from rtb_inverse.objectives import half_square, rtb, vargrad, wake_sleep
 from rtb_inverse.posterior import Posterior
-from rtb_inverse.training import denoising_loss, path_backward, path_denoising_loss, score
+from rtb_inverse.training import denoising_loss, path_backward, path_denoising_loss, score, step_weights
 
 OBJECTIVES = ("rtb", "vargrad", "wake_sleep")
 
@@ -132,12 +132,13 @@ class PosteriorTraining(LightningModule):
         if self.fixed:
             y = None if self.y is None else self.posterior.check_y(self.y.to(self.device))
             self.store = ObservationStore(self.posterior.shape, y, capacity=self.pool_options["size"], options=options)
+        self.weights = step_weights(self.posterior)
         self._loaded = False
         if self._restored is not None:
             self._restore(self._restored)
             return
         if self.pool is not None:
-            self.pool.grow(self.pool_start, self.generator, progress=True)
+            self.pool.grow(self.pool_start, self.generator, progress=self.trainer.progress_bar_callback is not None)
             if not self.fixed:
                 x, y = self.pool.pairs(self.slots, self.generator)
                 self.store = ObservationStore(self.posterior.shape, y, x, self.capacity, options=options)
@@ -163,7 +164,7 @@ class PosteriorTraining(LightningModule):
 
     def _warm_step(self, step: int) -> Tensor:
         if self.posterior.amortised and self.pool.keeps_paths:
-            loss = path_denoising_loss(self.posterior, *self.pool.paths(self.states, self.generator), self.generator)
+            loss = path_denoising_loss(self.posterior, *self.pool.paths(self.states, self.generator), self.generator, self.weights)
             self.manual_backward(loss)
             return loss.detach()
         if self.posterior.amortised:
@@ -173,7 +174,7 @@ class PosteriorTraining(LightningModule):
                 self._gather(step)
             only = torch.zeros(1, dtype=torch.long, device=self.device)  # what entered by weight is drawn evenly
             x_0, y = self.store.good(only, self.states, self.generator, uniform=1.0)[:, 0], None
-        loss = denoising_loss(self.posterior, x_0, y, self.generator)
+        loss = denoising_loss(self.posterior, x_0, y, self.generator, self.weights)
         self.manual_backward(loss)
         return loss.detach()
 

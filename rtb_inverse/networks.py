@@ -96,7 +96,7 @@ class ConditionalUNet(nn.Module):
     ) -> tuple[Tensor, Tensor | float]:
         move = torch.zeros_like(x_t) if move is None else move
         axis = -len(prior.shape)
-        gate, alpha, r2 = self.input_gate[prior.step_index(t)], prior.schedule.alpha_sigma(t)[0], gaussian_estimate(prior, x_t, t)[1]
+        gate, alpha, r2 = self.input_gate[prior.step_index(t)], prior.schedule.alpha_sigma(t)[0], gaussian_error(prior, t)
         moved = x_t + expand(gate * alpha, x_t) * r2.sqrt().to(x_t.dtype) * move
         seen = torch.cat([moved, condition.to(x_t.dtype).expand(*x_t.shape[:axis], *condition.shape[1:]), move], axis)
         predict: Any = prior.predict
@@ -105,11 +105,16 @@ class ConditionalUNet(nn.Module):
         return prior.schedule.to_x_0(output, x_t, t), log_scale
 
 
+def gaussian_error(prior: Prior, t: Tensor) -> Tensor:
+    """Var[x_0 | x_t] if x_0 were N(0, I), (*t.shape, *shape), float64."""
+    alpha, sigma = (c.reshape(c.shape + (1,) * len(prior.shape)) for c in prior.schedule.alpha_sigma(t))
+    return (sigma**2 / (alpha**2 + sigma**2)).expand(t.shape + prior.shape)
+
+
 def gaussian_estimate(prior: Prior, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """E[x_0 | x_t] and its variance (float64) if x_0 were N(0, I)."""
-    alpha, sigma = (c.reshape(c.shape + (1,) * len(prior.shape)) for c in prior.schedule.alpha_sigma(t))
-    variance = sigma**2 / (alpha**2 + sigma**2)
-    return (alpha / (alpha**2 + sigma**2)).to(x_t.dtype) * x_t, variance.expand(t.shape + prior.shape)
+    alpha, sigma = prior.schedule.alpha_sigma(t)
+    return expand(alpha / (alpha**2 + sigma**2), x_t) * x_t, gaussian_error(prior, t)
 
 
 def add_lora(network: nn.Module, rank: int) -> nn.Module:
@@ -166,7 +171,7 @@ class ResidualMLP(nn.Module):
     def estimate(self, prior: Prior, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """The prior's own, which costs no network."""
         error = prior.denoiser_error(t)
-        return prior.denoise(x_t, t), gaussian_estimate(prior, x_t, t)[1] if error is None else error
+        return prior.denoise(x_t, t), gaussian_error(prior, t) if error is None else error
 
     def forward(self, prior: Prior, x_t: Tensor, t: Tensor, condition: Tensor, move: Tensor | None, x_0: Tensor) -> tuple[Tensor, Tensor]:
         alpha, sigma = (c.to(x_t.device, x_t.dtype).expand(x_t.shape[:-1])[..., None] for c in prior.schedule.alpha_sigma(t))

@@ -9,8 +9,8 @@ from torch import Generator, Tensor, nn
 from rtb_inverse import checkpoints
 from rtb_inverse.chains import Chain, Prior, rollout
 from rtb_inverse.checks import check_choice, check_count, check_positive
-from rtb_inverse.guidance import Update, guidance
-from rtb_inverse.networks import ConditionalUNet, LogZ, ResidualMLP, gaussian_estimate
+from rtb_inverse.guidance import Update, covariance_guidance, guidance
+from rtb_inverse.networks import ConditionalUNet, LogZ, ResidualMLP, gaussian_error
 from rtb_inverse.particles import Particles
 from rtb_inverse.problems import InverseProblem, Reward
 
@@ -53,6 +53,7 @@ class Posterior(Chain):
         self.problem = problem.bind(prior.data_shape)
         self.beta = check_positive("beta", beta)
         self.guide = guidance(problem, prior.decode if prior.decodes else None)
+        self.covariance_guide = covariance_guidance(problem, prior, beta)
         self.start = check_choice("start", start or ("guided" if self.guide is not None else "prior"), ("guided", "prior"))
         if self.start == "guided" and self.guide is None:
             raise ValueError("start='guided' needs a differentiable operator and Gaussian noise; expected start='prior' here")
@@ -116,13 +117,16 @@ class Posterior(Chain):
         """The learned log Z(y), (B,); (1,) without observation. `importance` gives an estimate with a standard error."""
         return self.log_z(None if y is None else self.problem.condition(y))
 
-    def _error(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """r_t^2, (*t.shape, *shape); where the prior does not know it, that of x_0 ~ N(0, I)."""
+    def error(self, t: Tensor) -> Tensor:
+        """r_t^2, (*t.shape, *shape), float64; where the prior does not know it, that of x_0 ~ N(0, I)."""
         error = self.prior.denoiser_error(t)
-        return gaussian_estimate(self.prior, x_t, t)[1] if error is None else error
+        return gaussian_error(self.prior, t) if error is None else error
 
-    def _guide(self, x_0: Tensor, y: Tensor, error: Tensor) -> Update:
-        """p(y | x)^beta has noise variance sigma^2 / beta: to the update, that is beta times the error."""
+    def update(self, x_0: Tensor, y: Tensor, t: Tensor, error: Tensor) -> Update:
+        """The Gaussian update of an estimate of x_0 whose error has the prior's covariance, where that is known, else the variance
+        `error`. p(y | x)^beta has noise variance sigma^2 / beta: to the update, that is beta times the error."""
+        if self.covariance_guide is not None:
+            return self.covariance_guide(x_0, y, t)
         return self.guide(x_0, y, error if self.beta == 1 else self.beta * error)
 
     def denoise(self, x_t: Tensor, t: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | float, Update | None]:
@@ -133,13 +137,13 @@ class Posterior(Chain):
             x_0, error = self.network.estimate(self.prior, x_t, t)
             move = None
             if self.guide is not None and y is not None:
-                move = self._guide(x_0, y, error).delta / error.sqrt().to(x_t.dtype)
+                move = self.update(x_0, y, t, error).delta / error.sqrt().to(x_t.dtype)
         x_0, log_scale = self.network(self.prior, x_t, t, condition, move, x_0)
         index = self.step_index(t)
         log_scale = log_scale + self.log_scale[index].reshape(index.shape + (1,) * len(self.shape))
         if self.start == "prior" or y is None:
             return x_0, log_scale, None
-        update = self._guide(x_0, y, self._error(x_t, t))
+        update = self.update(x_0, y, t, self.error(t))
         x_0 = x_0 + self.gate[index].reshape(index.shape + (1,) * len(self.shape)) * update.delta
         clip = self.schedule.clip_sample
         return (x_0 if clip is None else x_0.clamp(-clip, clip)), log_scale, update

@@ -6,13 +6,13 @@ from pathlib import Path
 import torch
 from diffusers import ModelMixin, SchedulerMixin
 from lightning.pytorch import LightningModule
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rtb_inverse.averaging import ExponentialMovingAverage
-from rtb_inverse.chains import measure_denoiser_error
-from rtb_inverse.checkpoints import ERROR_FILE
+from rtb_inverse.chains import Prior
+from rtb_inverse.checkpoints import ERROR_FILE, save_tensors
 from rtb_inverse.checks import check_count, check_positive, check_tensor, check_writable
+from rtb_inverse.denoiser_error import DenoiserError
 from rtb_inverse.schedules import schedule_from_config
 
 
@@ -93,15 +93,21 @@ class PriorTraining(LightningModule):
 
     @torch.no_grad()
     def save(self, folder: Path) -> None:
-        """Write network, scheduler, recommended steps and the denoiser's error on held-out data, as `DiffusersPrior.from_pretrained`
-        reads them."""
+        """Write network, scheduler, recommended steps and the denoiser's error, as `DiffusersPrior.from_pretrained` reads them."""
         self.network.save_pretrained(folder / "unet")
         self.scheduler.save_pretrained(folder / "scheduler")
         (folder / "prior_config.json").write_text(json.dumps({"steps": self.steps}) + "\n")
-        times, error = measure_denoiser_error(
-            self.schedule, self.denoise, self.held_out(), generator=torch.Generator(self.device).manual_seed(0)
-        )
-        save_file({"times": times.contiguous(), "error": error.contiguous()}, folder / ERROR_FILE)
+        save_tensors(self.measure_error().tensors(), folder / ERROR_FILE)
+
+    def measure_error(self) -> DenoiserError:
+        """The denoiser's error on the prior's own draws, since they are what a posterior is about. The variances of the steps that
+        draw them need an error too: that on held-out data."""
+        generator, x_0 = torch.Generator(self.device).manual_seed(0), self.held_out()
+
+        def measure(x_0: Tensor) -> DenoiserError:
+            return DenoiserError.measure(self.schedule, self.denoise, x_0, x_0.ndim - 1, generator=generator)
+
+        return measure(_Draft(self, measure(x_0)).sample(len(x_0), generator))
 
     def denoise(self, x_t: Tensor, t: Tensor) -> Tensor:
         time = self.schedule.network_time(t).to(x_t.device, x_t.dtype).expand(len(x_t))
@@ -112,3 +118,16 @@ class PriorTraining(LightningModule):
         batch = next(iter(self.trainer.datamodule.val_dataloader()))  # type: ignore[attr-defined]
         x = (batch[0] if isinstance(batch, (list, tuple)) else batch).to(self.device)
         return x.repeat(-(-2048 // len(x)), *(1,) * (x.ndim - 1))
+
+
+class _Draft(Prior):
+    """The chain of a network in training."""
+
+    def __init__(self, training: PriorTraining, error: DenoiserError):
+        super().__init__(error.variance.shape[1:], training.schedule, training.steps)
+        self.denoise = lambda x_t, t: training.denoise(x_t[:, 0], t)[:, None]  # type: ignore[method-assign]
+        self.denoiser_error = error.forward  # type: ignore[method-assign]
+        self._like = next(training.network.parameters())
+
+    def _options(self):
+        return {"device": self._like.device, "dtype": self._like.dtype}

@@ -15,7 +15,22 @@ from rtb_inverse.posterior import Posterior
 from rtb_inverse.schedules import expand
 
 
-def denoising_loss(posterior: Posterior, x_0: Tensor, y: Tensor | None, generator: Generator) -> Tensor:
+@torch.no_grad()
+def step_weights(posterior: Posterior) -> Tensor:
+    r"""Weights of the K steps in a regression, mean 1, (K,): lambda_t^{-1/2} with lambda_t = c_0^2 r_t^2 / (sd^2 + c_0^2 r_t^2), the share
+    of a step's variance that comes from not knowing x_0.
+
+    A regression's gradient noise grows with lambda_t, which is 1 at the last step, while there is most to learn where it is small,
+    early. Each step's minimiser is the same under any weights; these keep the last steps from drowning the first.
+    """
+    t, s = posterior.times[:-1], posterior.times[1:]
+    c_0, _, sd = posterior.schedule.reverse_step(t, s, posterior.prior.eta)
+    error = posterior.error(t).flatten(1).mean(1).cpu()
+    weights = ((c_0**2 * error) / (sd**2 + c_0**2 * error)).clamp_min(1e-6).rsqrt()
+    return weights / weights.mean()
+
+
+def denoising_loss(posterior: Posterior, x_0: Tensor, y: Tensor | None, generator: Generator, weights: Tensor | None = None) -> Tensor:
     r"""Conditional denoising on pairs (x_0, y): - K E log q(x_s | x_t, y) at one random step of each noised x_0, a per-path negative
     log-likelihood (up to the constant of x_T) per element of x. Minimised by the exact posterior's steps, projected on Gaussians.
 
@@ -23,6 +38,7 @@ def denoising_loss(posterior: Posterior, x_0: Tensor, y: Tensor | None, generato
 
     Args:
         x_0: (M, *shape). y: (M, *y_shape) or None.
+        weights: of the steps, (K,), mean 1; None: all equal.
     """
     times = posterior.times.to(x_0.device)
     k = torch.randint(posterior.steps, (len(x_0),), generator=generator, device=generator.device).to(x_0.device)
@@ -32,19 +48,26 @@ def denoising_loss(posterior: Posterior, x_0: Tensor, y: Tensor | None, generato
     c_0, c_t, sd = posterior.schedule.reverse_step(t, s, posterior.prior.eta)
     step = posterior.transition(x_t, t, s, y)
     log_q = step.expected_log_prob(expand(c_0, x_t) * x_0 + expand(c_t, x_t) * x_t, sd.to(x_t.dtype))
-    return -log_q.mean() * posterior.steps / x_0[0].numel()
+    return -_weighted(log_q, weights, k).mean() * posterior.steps / x_0[0].numel()
 
 
-def path_denoising_loss(posterior: Posterior, states: Tensor, y: Tensor | None, generator: Generator) -> Tensor:
+def _weighted(log_q: Tensor, weights: Tensor | None, k: Tensor) -> Tensor:
+    return log_q if weights is None else weights.to(log_q)[k] * log_q
+
+
+def path_denoising_loss(
+    posterior: Posterior, states: Tensor, y: Tensor | None, generator: Generator, weights: Tensor | None = None
+) -> Tensor:
     r"""The same on paths of the posterior themselves: - K log q(x_s | x_t, y) at one random step of each path, per element of x.
 
     Args:
         states: (K + 1, M, *shape), x_T first: prior roll-outs from whose ends y was simulated.
+        weights: of the steps, (K,), mean 1; None: all equal.
     """
     k = torch.randint(posterior.steps, (states.shape[1],), generator=generator, device=generator.device).to(states.device)
     row, times = torch.arange(states.shape[1], device=states.device), posterior.times.to(states.device)
     step = posterior.transition(states[k, row], times[k], times[k + 1], y)
-    return -step.log_prob(states[k + 1, row]).mean() * posterior.steps / states[0, 0].numel()
+    return -_weighted(step.log_prob(states[k + 1, row]), weights, k).mean() * posterior.steps / states[0, 0].numel()
 
 
 @torch.no_grad()

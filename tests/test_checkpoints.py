@@ -76,16 +76,6 @@ def test_steps_default_to_20(folder):
     assert DiffusersPrior.from_pretrained(folder).steps == 20
 
 
-def test_denoiser_error_interpolates_its_table(make_prior):
-    prior = make_prior("unet2d", measured=False)
-    times, error = torch.tensor([10.0, 20.0, 40.0]), torch.tensor([1.0, 3.0, 4.0])[:, None, None, None].expand(3, 1, 8, 8)
-    prior = DiffusersPrior(prior.network, prior.schedule, 4, error_times=times, error=error)
-    found = prior.denoiser_error(torch.tensor([[0.0, 10.0, 15.0], [30.0, 40.0, 99.0]]))
-    truth = torch.tensor([[1.0, 1.0, 2.0], [3.5, 4.0, 4.0]], dtype=torch.float64)
-    torch.testing.assert_close(found, truth[..., None, None, None].expand(2, 3, 1, 8, 8))
-    assert prior.denoiser_error(torch.tensor(15.0)).shape == (1, 8, 8)
-
-
 def test_measured_error_is_the_denoisers(unet2d_prior, generator, assert_mean):
     prior = unet2d_prior
     x_0 = torch.randn((400, *prior.shape), generator=generator)

@@ -166,8 +166,8 @@ def test_the_recipe_of_the_prior(tmp_path, monkeypatch):
     draws = prior.sample(2, torch.Generator().manual_seed(0))
     assert draws.shape == (2, 1, 8, 8)
     assert torch.isfinite(draws).all()
-    assert prior.error.shape[1:] == (1, 8, 8)
-    assert bool((prior.error >= 0).all()) and bool((prior.error_times.diff() > 0).all())
+    assert prior.error.variance.shape[1:] == (1, 8, 8) and prior.error.factor.shape == (16, 64, 64)
+    assert bool((prior.error.variance >= 0).all()) and bool((prior.error.times.diff() > 0).all())
     assert json.loads((tmp_path / "prior" / "prior_config.json").read_text())["steps"] == 20
     metrics = (tmp_path / "logs").rglob("metrics.csv")
     assert "val_loss" in next(metrics).read_text()

@@ -28,6 +28,7 @@ RANK = {
     "objectives": 1,
     "diagnostics": 1,
     "distributions": 2,
+    "denoiser_error": 2,
     "chains": 3,
     "guidance": 4,
     "networks": 4,

@@ -114,7 +114,9 @@ def test_guided_start_moves_the_estimate_by_the_update(kind, problem, make_prior
     with torch.no_grad():
         x_0, log_scale, _ = posterior.denoise(x_t, t, y)
         plain = prior.denoise(x_t, t)
-        move = posterior.guide(plain, y, prior.denoiser_error(t)).delta
+        exact = posterior.covariance_guide
+        assert (exact is not None) == (problem is matrix_problem)
+        move = (posterior.guide(plain, y, prior.denoiser_error(t)) if exact is None else exact(plain, y, t)).delta
     assert torch.equal(x_0, plain + move) and float(move.abs().max()) > 1e-3
     assert torch.equal(torch.as_tensor(log_scale), torch.zeros_like(torch.as_tensor(log_scale)))
     with torch.no_grad():
@@ -200,8 +202,8 @@ def test_condition_and_residual_are_both_read(kind, make_prior, generator):
 @pytest.mark.parametrize("kind", ("unet2d", "unet1d"))
 def test_the_input_gate_moves_what_the_network_sees_towards_y(kind, make_prior, generator):
     """With a gate of 1 and no noise, the seen elements of x_t arrive as sigma^2 x_t + alpha y: the estimate as if x_0 ~ N(0, I) is replaced
-    by y. The others arrive as they are, and the output is read at x_t."""
-    prior = make_prior(kind)
+    by y. The others arrive as they are (where no covariance says how they go with the seen ones), and the output is read at x_t."""
+    prior = make_prior(kind, measured=False)
     mask = torch.rand(prior.shape, generator=generator) < 0.5
     problem = InverseProblem(lambda x: x[:, mask], GaussianNoise(1e-5), prior.shape)
     problem.mask = mask

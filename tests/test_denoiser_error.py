@@ -1,0 +1,135 @@
+"""The table of the denoiser's error against closed forms."""
+
+import pytest
+import torch
+
+import rtb_inverse.denoiser_error
+from rtb_inverse import GaussianNoise, InverseProblem
+from rtb_inverse.denoiser_error import DenoiserError, leading_correlations
+from rtb_inverse.guidance import CovarianceGuidance
+from rtb_inverse.schedules import VarianceExploding
+
+D = torch.float64
+M = 20_000
+
+
+def correlated(generator, d=5):
+    """A covariance and its square root."""
+    root = torch.randn((d, d), generator=generator, dtype=D) / d**0.5
+    return root @ root.T, root
+
+
+def exact_denoiser(schedule, covariance):
+    """E[x_0 | x_t] and its covariance for x_0 ~ N(0, covariance), alpha = 1."""
+    eye = torch.eye(len(covariance), dtype=D)
+
+    def gain(t):
+        return torch.linalg.solve(covariance + schedule.alpha_sigma(t)[1] ** 2 * eye, covariance)
+
+    return (lambda x, t: x @ gain(t)), (lambda t: covariance - covariance @ gain(t))
+
+
+def test_measured_on_a_gaussian_it_is_the_posterior_covariance(generator):
+    schedule = VarianceExploding(sigma_min=0.1, sigma_max=10.0)
+    covariance, root = correlated(generator)
+    denoise, truth = exact_denoiser(schedule, covariance)
+    x_0 = torch.randn((M, 5), generator=generator, dtype=D) @ root.T
+    error = DenoiserError.measure(schedule, denoise, x_0, 1, knots=6, generator=generator)
+    assert (error.times.diff() > 0).all() and error.variance.shape == (6, 5) and error.factor.shape == (6, 5, 5)
+    for t in error.times:
+        found, expected = error.covariance(t), truth(t)
+        variance = expected.diagonal()
+        spread = ((variance[:, None] * variance + expected**2) / M) ** 0.5  # of a covariance of M Gaussian draws
+        assert float(((found - expected) / spread).abs().max()) < 4.5
+        torch.testing.assert_close(found.diagonal(), error(t))
+
+
+def test_batch_axes_are_more_draws(generator):
+    schedule = VarianceExploding(sigma_min=0.1, sigma_max=10.0)
+    x_0 = torch.randn((6, 7, 2, 3), generator=generator, dtype=D)
+    one = DenoiserError.measure(schedule, lambda x, t: 0.5 * x, x_0, 2, 4, generator=torch.Generator().manual_seed(1))
+    two = DenoiserError.measure(schedule, lambda x, t: 0.5 * x, x_0.flatten(0, 1), 2, 4, generator=torch.Generator().manual_seed(1))
+    assert one.variance.shape == (4, 2, 3) and torch.equal(one.variance, two.variance) and torch.equal(one.factor, two.factor)
+
+
+def test_variances_are_linear_in_time_and_constant_beyond():
+    times, variance = torch.tensor([10.0, 20.0, 40.0]), torch.tensor([1.0, 3.0, 4.0])[:, None, None, None].expand(3, 1, 8, 8)
+    error = DenoiserError(times, variance)
+    found = error(torch.tensor([[0.0, 10.0, 15.0], [30.0, 40.0, 99.0]]))
+    truth = torch.tensor([[1.0, 1.0, 2.0], [3.5, 4.0, 4.0]], dtype=D)
+    torch.testing.assert_close(found, truth[..., None, None, None].expand(2, 3, 1, 8, 8))
+    assert error(torch.tensor(15.0)).shape == (1, 8, 8) and error.covariance(torch.tensor(15.0)) is None
+
+
+def test_correlations_are_linear_in_time():
+    factor = torch.tensor([[[1.0], [0.5]], [[1.0], [-0.1]]])
+    error = DenoiserError(torch.tensor([0.0, 8.0]), torch.tensor([[4.0, 1.0]] * 2), torch.tensor([0.0, 8.0]), factor)
+    for t, correlation in ((-3.0, 0.5), (0.0, 0.5), (2.0, 0.35), (8.0, -0.1), (9.0, -0.1)):
+        truth = torch.tensor([[4.0, 2 * correlation], [2 * correlation, 1.0]], dtype=D)
+        torch.testing.assert_close(error.covariance(torch.tensor(t)), truth)
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_a_cut_rank_leaves_a_covariance(rank, generator):
+    covariance, root = correlated(generator, 8)
+    factor = leading_correlations(torch.randn((M, 8), generator=generator, dtype=D) @ root.T, rank)
+    assert factor.shape == (8, rank)
+    times = torch.tensor([0.0, 1.0])
+    error = DenoiserError(times, covariance.diagonal().expand(2, 8), times, factor.expand(2, 8, rank))
+    found = error.covariance(times[0])
+    assert float(torch.linalg.eigvalsh(found).min()) > 0
+    torch.testing.assert_close(found.diagonal(), covariance.diagonal())
+
+
+def test_large_x_has_variances_only(monkeypatch, generator):
+    monkeypatch.setattr(rtb_inverse.denoiser_error, "LARGEST", 4)
+    x_0 = torch.randn((10, 5), generator=generator)
+    error = DenoiserError.measure(VarianceExploding(sigma_min=0.1, sigma_max=1.0), lambda x, t: x, x_0, 1, 3, generator=generator)
+    assert error.factor is None and set(error.tensors()) == {"times", "variance"}
+
+
+def test_tensors_make_it_again(generator):
+    x_0 = torch.randn((50, 4), generator=generator)
+    error = DenoiserError.measure(VarianceExploding(sigma_min=0.1, sigma_max=1.0), lambda x, t: x / 2, x_0, 1, 5, generator=generator)
+    again, t = DenoiserError(**error.tensors()), torch.tensor(0.3)
+    assert torch.equal(again(t), error(t)) and torch.equal(again.covariance(t), error.covariance(t))
+
+
+# Guidance by the covariance
+
+
+def masked(keep, std):
+    problem = InverseProblem(lambda x: x[:, keep], GaussianNoise(std), keep.shape)
+    problem.mask = keep
+    return problem
+
+
+@pytest.mark.parametrize("beta", [1.0, 3.0])
+@pytest.mark.parametrize("kind", ["matrix", "mask"])
+def test_covariance_guidance_is_the_textbook(kind, beta, generator):
+    d, times = 4, torch.tensor([0.2, 0.7], dtype=D)
+    covariances = {float(t): correlated(generator, d)[0] + 0.1 * torch.eye(d, dtype=D) for t in times}
+    A = torch.randn((2, d), generator=generator, dtype=D)
+    problem = InverseProblem(A, GaussianNoise(torch.tensor([0.3, 0.5], dtype=D)), (d,))
+    if kind == "mask":
+        keep = torch.tensor([True, False, True, False])
+        A, problem = torch.eye(d, dtype=D)[keep], masked(keep, torch.tensor([0.3, 0.5], dtype=D))
+    guide = CovarianceGuidance(problem, lambda t: covariances[float(t)], beta)
+    x_0, y = torch.randn((6, 3, d), generator=generator, dtype=D), torch.randn((3, 2), generator=generator, dtype=D)
+    t = times[torch.tensor([0, 1, 1, 0, 1, 0])][:, None]
+    update = guide(x_0, y, t)
+    for i in range(6):
+        C = covariances[float(t[i])]
+        precision = torch.linalg.inv(C) + beta * A.T @ torch.diag(problem.noise.std**-2) @ A
+        left = torch.linalg.inv(precision)
+        delta = (beta * (y - x_0[i] @ A.T) / problem.noise.std**2) @ A @ left
+        torch.testing.assert_close(update.delta[i], delta)
+        alone = guide(x_0[i], y, t[i, 0])
+        torch.testing.assert_close(alone.delta, update.delta[i])
+        torch.testing.assert_close(alone.shrink, update.shrink[i, 0])
+        if kind == "mask":
+            torch.testing.assert_close(update.shrink[i, 0] * C.diagonal(), left.diagonal())
+        else:
+            V = update.basis
+            torch.testing.assert_close(V.T @ V, torch.eye(2, dtype=D))
+            torch.testing.assert_close(update.shrink[i, 0] * C.diagonal().mean(), (V.T @ left @ V).diagonal())
