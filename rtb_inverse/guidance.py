@@ -166,10 +166,13 @@ class GradientGuidance(nn.Module):
     operator: Callable[[Tensor], Tensor]
     noise_std: Tensor
 
-    def __init__(self, problem: InverseProblem, operator: Callable[[Tensor], Tensor], iterations: int, clip: float | None = 3.0):
+    def __init__(
+        self, problem: InverseProblem, operator: Callable[[Tensor], Tensor], iterations: int, clip: float | None = 3.0,
+        event_dim: int | None = None,
+    ):  # fmt: skip
         super().__init__()
         self.operator, self.iterations, self.clip = operator, iterations, clip
-        self.event_dim = len(problem.shape)
+        self.event_dim = len(problem.shape) if event_dim is None else event_dim
         self.register_buffer("noise_std", problem.noise.std, persistent=False)
 
     def forward(self, x_0: Tensor, y: Tensor, error: Tensor) -> Update:
@@ -184,8 +187,8 @@ class GradientGuidance(nn.Module):
 
         clean, pull = torch.func.vjp(whitened, x_0.reshape(-1, *event))  # type: ignore[misc]  # three only with has_aux
 
-        def push(v):
-            return torch.func.jvp(whitened, (x_0.reshape(-1, *event),), (v,))[1]
+        def push(v):  # J v, as the derivative of the linear u -> J^T u: every operator with a second derivative has it
+            return torch.func.vjp(lambda u: pull(u)[0], torch.zeros_like(clean))[1](v)[0]  # type: ignore[misc]
 
         delta = r * conjugate_gradients(lambda v: v + r * pull(push(r * v))[0], r * pull(target - clean)[0], self.iterations)
         if self.clip is not None:
@@ -211,17 +214,17 @@ def conjugate_gradients(matrix: Callable[[Tensor], Tensor], b: Tensor, iteration
     return x
 
 
-def guidance(problem: InverseProblem, decode: Callable[[Tensor], Tensor] | None = None) -> nn.Module | None:
+def guidance(problem: InverseProblem, decode: Callable[[Tensor], Tensor] | None = None, event_dim: int | None = None) -> nn.Module | None:
     """The best Gaussian update that the problem allows; None for a reward, another noise than Gaussian, or an operator without gradients.
 
     Args:
         problem: bound to its shape.
-        decode: from chain space to data space, where that is not the identity.
+        decode: from chain space to data space, where that is not the identity; `event_dim` is then the number of axes of one x there.
     """
     if not isinstance(problem.noise, GaussianNoise) or not problem.differentiable:
         return None
     if decode is not None:
-        return GradientGuidance(problem, lambda z: problem(decode(z)), iterations=1)
+        return GradientGuidance(problem, lambda z: problem(decode(z)), iterations=1, event_dim=event_dim)
     if problem.mask is not None:
         return MaskGuidance(problem)
     if not problem.linear:

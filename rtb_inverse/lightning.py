@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from rtb_inverse import checkpoints
 from rtb_inverse.averaging import ExponentialMovingAverage
@@ -126,6 +127,8 @@ class PosteriorTraining(LightningModule):
     # Sources of paths -------------------------------------------------------------------------------------------------------------
 
     def on_fit_start(self):
+        if self.trainer.precision in ("16-mixed", "16-true"):
+            raise ValueError(f"precision must be 32, 64 or bf16, got {self.trainer.precision!r}: log-densities do not fit into fp16")
         self.generator = torch.Generator(self.device).manual_seed(self.seed + self.global_rank)
         self.pool = Pool(self.posterior, **self.pool_options) if self.posterior.amortised else None
         options = self.posterior.prior._options()
@@ -148,6 +151,8 @@ class PosteriorTraining(LightningModule):
         return round(self.warm_start * self.trainer.max_steps)
 
     def training_step(self, batch, index):
+        if isinstance(self.trainer.model, DistributedDataParallel):
+            self.trainer.model.require_backward_grad_sync = False  # `_average_gradients` does it
         optimizer = self.optimizers()
         step, warm = self.global_step, self.warm_steps()
         if step == warm:
@@ -157,6 +162,7 @@ class PosteriorTraining(LightningModule):
         if self.pool is not None and step % self.refresh == self.refresh - 1:
             self.pool.grow(self.pool_growth, self.generator)
         loss = self._warm_step(step) if step < warm else self._path_step(step, warm)
+        self._average_gradients()
         torch.nn.utils.clip_grad_norm_(self.posterior.trainable(), self.max_grad_norm)
         optimizer.step()
         self.ema.update()
@@ -165,7 +171,7 @@ class PosteriorTraining(LightningModule):
     def _warm_step(self, step: int) -> Tensor:
         if self.posterior.amortised and self.pool.keeps_paths:
             loss = path_denoising_loss(self.posterior, *self.pool.paths(self.states, self.generator), self.generator, self.weights)
-            self.manual_backward(loss)
+            loss.backward()
             return loss.detach()
         if self.posterior.amortised:
             x_0, y = self.pool.pairs(self.states, self.generator)
@@ -175,8 +181,16 @@ class PosteriorTraining(LightningModule):
             only = torch.zeros(1, dtype=torch.long, device=self.device)  # what entered by weight is drawn evenly
             x_0, y = self.store.good(only, self.states, self.generator, uniform=1.0)[:, 0], None
         loss = denoising_loss(self.posterior, x_0, y, self.generator, self.weights)
-        self.manual_backward(loss)
+        loss.backward()
         return loss.detach()
+
+    def _average_gradients(self) -> None:
+        """Over devices. The gradient comes from several backward passes of chunks, which DistributedDataParallel's own reduction, made
+        for one pass, does not see (it acts on `manual_backward` only)."""
+        if self.trainer.world_size > 1:
+            for parameter in self.parameters():
+                if parameter.grad is not None:
+                    parameter.grad = self.trainer.strategy.reduce(parameter.grad, reduce_op="mean")
 
     def _gather(self, step: int) -> None:
         """Draws of the averaged posterior enter the buffer as often as their exact path weights say."""
@@ -309,7 +323,10 @@ class PosteriorTraining(LightningModule):
         self._restored, self._loaded = checkpoint["sources"], True
 
     def _restore(self, sources: dict) -> None:
-        self.generator.set_state(sources["generator"].cpu())
+        if self.global_rank == 0:
+            self.generator.set_state(sources["generator"].cpu())
+        else:  # a checkpoint holds the first device's state; the others must not repeat it
+            self.generator.manual_seed(self.seed + self.global_rank + 1000 * self.trainer.global_step)
         if self.pool is not None:
             self.pool.load_state_dict(sources["pool"])
         if self.store is None:

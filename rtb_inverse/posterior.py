@@ -52,7 +52,7 @@ class Posterior(Chain):
         self.prior = prior.requires_grad_(False)
         self.problem = problem.bind(prior.data_shape)
         self.beta = check_positive("beta", beta)
-        self.guide = guidance(problem, prior.decode if prior.decodes else None)
+        self.guide = guidance(problem, prior.decode if prior.decodes else None, len(prior.shape))
         self.covariance_guide = covariance_guidance(problem, prior, beta)
         self.start = check_choice("start", start or ("guided" if self.guide is not None else "prior"), ("guided", "prior"))
         if self.start == "guided" and self.guide is None:

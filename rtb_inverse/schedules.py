@@ -294,6 +294,10 @@ def schedule_from_config(config: Mapping[str, Any] | SchedulerMixin) -> Schedule
         raise ValueError(
             "thresholding must be false, got true: dynamic thresholding has no Gaussian step density; expected clip_sample or none"
         )
+    if config.get("use_flow_sigmas"):
+        raise ValueError(
+            "use_flow_sigmas must be false, got true: expected the config of a FlowMatchEulerDiscreteScheduler for such a model"
+        )
     betas = config.get("trained_betas")
     # A config that does not mention clip_sample means the default of its scheduler: DDPM and DDIM clip, the others do not know it.
     clips = config.get("clip_sample", name.startswith(("DDPM", "DDIM")))

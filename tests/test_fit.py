@@ -3,6 +3,10 @@
 The bounds leave room above what three mixtures and operators gave (mean multiple of the floor 1.1 to 1.6 from 4 to 12, median |log Z error|
 0.007 to 0.009, effective share of draws 0.86 to 0.90 where the oracle had 0.77 to 0.89); everything is seeded."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -226,3 +230,34 @@ def test_training_leaves_the_prior_alone():
     moved = {name for name, value in posterior.weights().items() if not torch.equal(value, start[name])}
     assert {name for name, p in posterior.named_parameters() if p.requires_grad} <= moved
     assert not [name for name in moved if name.startswith("problem.")]
+
+
+# Several devices
+
+TWO_PROCESSES = """
+import torch
+from priors import GaussianMixturePrior
+from rtb_inverse import GaussianNoise, InverseProblem, Posterior, fit
+
+if __name__ == "__main__":
+    posterior = Posterior(GaussianMixturePrior.random(2, steps=5), InverseProblem(torch.ones(1, 2), GaussianNoise(0.5)), width=16)
+    options = {"devices": 2, "strategy": "ddp", "accelerator": "cpu"}
+    fit(posterior, 6, warm_start=0.5, states=16, observations=2, draws=4, progress=False, trainer=options)
+    print("weights", [round(float(p.detach().double().sum()), 12) for p in posterior.trainable()])
+"""
+
+
+def test_two_processes_keep_the_same_weights(tmp_path):
+    """Each sees its own pairs and paths; their gradients are averaged, those of the chunks too."""
+    (tmp_path / "train.py").write_text(TWO_PROCESSES)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    done = subprocess.run([sys.executable, "train.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("weights")]
+    assert len(lines) == 2 and lines[0] == lines[1]
+
+
+def test_half_precision_is_refused():
+    posterior = Posterior(GaussianMixturePrior.random(2, steps=3), InverseProblem(torch.ones(1, 2), GaussianNoise(0.5)), width=16)
+    with pytest.raises(ValueError, match="precision must be 32, 64 or bf16, got '16-true'"):
+        fit(posterior, 2, progress=False, trainer={"precision": "16-true"})

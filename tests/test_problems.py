@@ -391,6 +391,44 @@ def test_decoded_guidance_pulls_through_the_decoder(generator):
         torch.testing.assert_close(update.delta[j], delta)
 
 
+def test_decoded_guidance_where_the_spaces_have_other_ranks(generator):
+    """z in R^4, x an image: the events of the chain are z's."""
+    Q = torch.linalg.qr(randn(generator, 4, 4))[0]
+    problem = InverseProblem(lambda x: x[:, 0], GaussianNoise(0.5), (1, 2, 2))
+    guide = guidance(problem, lambda z: (z @ Q.T).unflatten(-1, (1, 2, 2)), event_dim=1)
+    guide.clip = None
+    z, y = randn(generator, 2, 3, 4), randn(generator, 3, 2, 2)
+    delta = guide(z, y, torch.full((4,), 0.8, dtype=D)).delta
+    expected = 0.8 / (0.8 + 0.25) * (y.flatten(1) - z @ Q.T) @ Q
+    torch.testing.assert_close(delta, expected)
+
+
+def test_guidance_needs_no_forward_mode(generator):
+    class Square(torch.autograd.Function):
+        """x^2, in reverse mode only."""
+
+        generate_vmap_rule = False
+
+        @staticmethod
+        def forward(x):
+            return x**2
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.save_for_backward(*inputs)
+
+        @staticmethod
+        def backward(ctx, grad):
+            return 2 * ctx.saved_tensors[0] * grad
+
+    x_0, y, error = randn(generator, 2, 3), randn(generator, 2, 3), torch.full((3,), 0.3, dtype=D)
+    updates = []
+    for operator in (Square.apply, torch.square):
+        problem = InverseProblem(operator, GaussianNoise(0.5), (3,))
+        updates.append(guidance(problem)(x_0, y, error).delta)
+    torch.testing.assert_close(*updates)
+
+
 @pytest.mark.parametrize("iterations", [5, 50])
 def test_conjugate_gradients_solve_a_batch_at_once(iterations, generator):
     A = randn(generator, 6, 5, 5)

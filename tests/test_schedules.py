@@ -287,6 +287,7 @@ def test_trained_betas_are_taken_as_they_are():
         ({"prediction_type": "noise"}, "prediction_type must be one of"),
         ({"timestep_spacing": "karras"}, "timestep_spacing must be one of"),
         ({"thresholding": True}, "thresholding"),
+        ({"use_flow_sigmas": True}, "use_flow_sigmas must be false"),
         ({"rescale_betas_zero_snr": True}, "zero terminal SNR"),
         ({"clip_sample_range": -1.0}, "clip_sample"),
     ],

@@ -13,7 +13,7 @@ from rtb_inverse.distributions import GaussianStep
 from rtb_inverse.objectives import half_square, rtb, vargrad, wake_sleep
 from rtb_inverse.posterior import Posterior
 from rtb_inverse.problems import GaussianNoise, InverseProblem, Reward
-from rtb_inverse.training import denoising_loss, path_backward, path_denoising_loss, score
+from rtb_inverse.training import denoising_loss, path_backward, path_denoising_loss, score, step_weights
 from tasks import Inpainting
 
 N, B = 3, 2
@@ -362,3 +362,41 @@ def test_path_denoising_loss_is_the_mean_over_steps(generator, monkeypatch):
         monkeypatch.setattr("rtb_inverse.training.torch.randint", lambda *args, k=k, **options: torch.full((5,), k))
         losses.append(path_denoising_loss(posterior, states, y, generator))
     torch.testing.assert_close(torch.stack(losses).mean(), truth)
+
+
+# Weights of the steps
+
+
+def test_step_weights_even_out_the_gradient_noise(generator):
+    """The spread of the gradient in the last layer's shift, step by step: it falls more than sixfold from the last step to the
+    least, with the weights less than half as much."""
+    posterior = Posterior(mixture(12), InverseProblem(torch.ones((1, 3), dtype=torch.float64), GaussianNoise(0.5)), width=16)
+    weights, M = step_weights(posterior), 256
+    assert float(weights.mean()) == pytest.approx(1) and weights.shape == (12,)
+    noises = []
+    for k in range(12):
+        x_0 = posterior.prior.sample(M, generator)
+        y = posterior.problem.simulate(x_0, generator)
+        t, s = posterior.times[k], posterior.times[k + 1]
+        x_t = posterior.schedule.add_noise(x_0, torch.randn(x_0.shape, generator=generator, dtype=x_0.dtype), t)
+        c_0, c_t, sd = posterior.schedule.reverse_step(t, s, 1.0)
+        log_q = posterior.transition(x_t, t, s, y).expected_log_prob(c_0 * x_0 + c_t * x_t, sd.expand(M))
+        bias = posterior.network.last.bias
+        gradients = torch.stack([torch.autograd.grad(one, bias, retain_graph=True)[0][:3] for one in log_q])
+        noises.append(float(gradients.std(0).norm()))
+    noise = torch.tensor(noises)
+    plain, weighted = float(noise[-1] / noise.min()), float((weights * noise).max() / (weights * noise).min())
+    assert plain > 6 and weighted < plain / 2
+
+
+def test_weights_multiply_the_loss_of_their_step(generator, monkeypatch):
+    posterior = mixture_posterior(4)
+    x_0 = posterior.prior.sample(64, generator)
+    y, states = posterior.problem.simulate(x_0, generator), x_0 + torch.zeros((5, 64, 3), dtype=torch.float64)
+    weights = torch.tensor([1.0, 2.0, 0.5, 0.5])
+    for loss, first in ((denoising_loss, x_0), (path_denoising_loss, states)):
+        for k in range(4):
+            with monkeypatch.context() as context:
+                context.setattr(torch, "randint", lambda high, size, k=k, **_: torch.full(size, k))
+                plain, weighted = (loss(posterior, first, y, torch.Generator().manual_seed(1), w) for w in (None, weights))
+            torch.testing.assert_close(weighted, weights[k] * plain, check_dtype=False)
