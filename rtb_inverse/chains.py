@@ -184,12 +184,14 @@ class Trajectory:
         y: observations, (B, *y_shape), or None.
         log_prob: (n, B), n <= N, log density of the first n paths under the chain that `rollout` drew them with; None where no
             chain drew a whole path.
+        means: of the steps that drew the states, (K, N, B, *shape), where `rollout` was asked to keep them.
     """
 
     x: Tensor
     times: Tensor
     y: Tensor | None = None
     log_prob: Tensor | None = None
+    means: Tensor | None = None
 
     @property
     def x_0(self) -> Tensor:
@@ -216,7 +218,7 @@ class Trajectory:
 @torch.no_grad()
 def rollout(
     chain: Chain, n: int, y: Tensor | None = None, generator: Generator | None = None, *, start: Tensor | None = None,
-    level: int | None = None, extra_noise: float = 0.0, progress: bool = False,
+    level: int | None = None, extra_noise: float = 0.0, keep_means: bool = False, progress: bool = False,
 ) -> Trajectory:  # fmt: skip
     """Draw n paths for each observation.
 
@@ -228,13 +230,14 @@ def rollout(
         start: states (N, B, *shape) at level `level` (time t_level) to start from, in place of x_T.
         level: index of the level of `start`, 1 .. K; K is x_T.
         extra_noise: each step adds independent noise of `extra_noise` times its standard deviation (exploration).
+        keep_means: keep the means of the steps as well.
         progress: show a progress bar.
     """
     n, b = check_count("n", n), 1 if y is None else len(y)
     times = chain.times if level is None else chain.times[chain.steps - check_count("level", level) :]
     initial = chain.initial((n, b))
     x = draw(initial, generator) if start is None else start
-    states, log_prob = [x], initial.log_prob(x)
+    states, means, log_prob = [x], [], initial.log_prob(x)
     for t, s in tqdm(pairwise(times), "denoising", total=len(times) - 1, disable=not progress, leave=False):
         step = chain.transition(x, t, s, y)
         x = draw(step, generator)
@@ -243,7 +246,8 @@ def rollout(
             x = x + extra_noise * step.stddev * noise
         log_prob = log_prob + step.log_prob(x)
         states.append(x)
-    return Trajectory(torch.stack(states), times, y, log_prob if start is None else None)
+        means += [step.mean] if keep_means else []
+    return Trajectory(torch.stack(states), times, y, log_prob if start is None else None, torch.stack(means) if keep_means else None)
 
 
 @torch.no_grad()
@@ -264,6 +268,38 @@ def renoise(chain: Chain, x: Tensor, generator: Generator | None = None, *, from
         noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
         states.append(a.to(x.dtype) * states[-1] + b.to(x.dtype) * noise)
     return torch.stack(states[::-1])
+
+
+@dataclass
+class Bridges:
+    """Transitions whose x_s is integrated out: given x_t and the end x_0 of its path, x_s is N(mean, sd^2 I).
+
+    Attributes:
+        k: which of the K transitions, (M,), 0 the one from x_T.
+        x_t, mean: (M, *shape).
+        sd: (M,).
+    """
+
+    k: Tensor
+    x_t: Tensor
+    mean: Tensor
+    sd: Tensor
+
+
+def random_steps(chain: Chain, m: int, generator: Generator) -> Tensor:
+    """m of the K transitions, drawn evenly: (m,)."""
+    return torch.randint(chain.steps, (m,), generator=generator, device=generator.device)
+
+
+def noised_bridges(chain: Chain, x_0: Tensor, generator: Generator, eta: float = 1.0) -> Bridges:
+    """Noise each x_0 (M, *shape) to a random level of the grid; x_s between it and x_0 is the forward process's."""
+    k = random_steps(chain, len(x_0), generator).to(x_0.device)
+    times = chain.times.to(x_0.device)
+    t, s = times[k], times[k + 1]
+    noise = torch.randn(x_0.shape, generator=generator, device=x_0.device, dtype=x_0.dtype)
+    x_t = chain.schedule.add_noise(x_0, noise, t)
+    c_0, c_t, sd = chain.schedule.reverse_step(t, s, eta)
+    return Bridges(k, x_t, expand(c_0, x_t) * x_0 + expand(c_t, x_t) * x_t, sd.to(x_t.dtype))
 
 
 def chunks(trajectory: Trajectory, chunk_size: int | None, steps: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:

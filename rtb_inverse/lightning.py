@@ -16,14 +16,14 @@ from torch.nn.parallel import DistributedDataParallel
 from rtb_inverse import checkpoints
 from rtb_inverse.averaging import ExponentialMovingAverage
 from rtb_inverse.behaviours import ObservationStore, Pool, check_weights, mixture
-from rtb_inverse.chains import rollout
+from rtb_inverse.chains import noised_bridges, rollout
 from rtb_inverse.checks import check_choice, check_count, check_positive, check_writable
 from rtb_inverse.data import ObservationData
 from rtb_inverse.diagnostics import log_mean_weight
 from rtb_inverse.evaluation import evaluate, observe, save_panel, simulate_observations
 from rtb_inverse.objectives import half_square, rtb, vargrad, wake_sleep
 from rtb_inverse.posterior import Posterior
-from rtb_inverse.training import denoising_loss, path_backward, path_denoising_loss, score, step_weights
+from rtb_inverse.training import denoising_loss, path_backward, score, step_weights
 
 OBJECTIVES = ("rtb", "vargrad", "wake_sleep")
 
@@ -169,18 +169,15 @@ class PosteriorTraining(LightningModule):
         self.log("loss", loss, prog_bar=True)
 
     def _warm_step(self, step: int) -> Tensor:
-        if self.posterior.amortised and self.pool.keeps_paths:
-            loss = path_denoising_loss(self.posterior, *self.pool.paths(self.states, self.generator), self.generator, self.weights)
-            loss.backward()
-            return loss.detach()
         if self.posterior.amortised:
-            x_0, y = self.pool.pairs(self.states, self.generator)
+            bridges, y = self.pool.bridges(self.states, self.generator)
         else:
             if step % self.refresh == 0:
                 self._gather(step)
             only = torch.zeros(1, dtype=torch.long, device=self.device)  # what entered by weight is drawn evenly
             x_0, y = self.store.good(only, self.states, self.generator, uniform=1.0)[:, 0], None
-        loss = denoising_loss(self.posterior, x_0, y, self.generator, self.weights)
+            bridges = noised_bridges(self.posterior, x_0, self.generator, self.posterior.prior.eta)
+        loss = denoising_loss(self.posterior, bridges, y, self.weights)
         loss.backward()
         return loss.detach()
 

@@ -53,7 +53,7 @@ class ConditionalUNet(nn.Module):
     """A trainable copy of a diffusers UNet that also reads condition and move, and also says a log-scale (UNet2DModel).
 
     Its x_t is moved by input_gate_t alpha_t r move, towards what the observation makes of it: with a gate of 1 the seen elements
-    arrive as clean as y makes them. The gates, one per step, start at 0.
+    arrive as clean as y makes them. The gates, one per step, start at 0 (`Posterior` opens them for a guided start).
 
     Args:
         prior: a prior with `network` and `predict`.

@@ -22,7 +22,8 @@ class Posterior(Chain):
         x0hat  <- x0hat + gate_t * (Gaussian update of x0hat by y under the denoiser's error r_t^2)      (start="guided")
         scales <- prior's step, shrunk by what y tells, times exp(log_scale)
 
-    gate_t starts at 1, log_scale at 0, all added inputs of the network at 0: so the chain starts at the prior, or guided.
+    gate_t starts at 1, log_scale at 0, all added inputs of the network at 0: so the chain starts at the prior, or guided. A U-Net's own
+    x_t is moved towards y too, by `ConditionalUNet.input_gate`, which starts at 0, or, guided, at sigma_t^2 / (alpha_t^2 + sigma_t^2).
 
     Args:
         prior: the frozen prior.
@@ -66,6 +67,10 @@ class Posterior(Chain):
             torch.manual_seed(0)
             self.network = (network or self._network(condition)).to(**options)
             self.log_z = LogZ(0 if condition is None else condition[0].numel()).to(**options)
+        if self.start == "guided" and self._input_gate is not None:
+            with torch.no_grad():
+                t = self.times[:-1].flip(0)  # step_index 0 is the last step
+                self._input_gate.copy_(gaussian_error(prior, t).flatten(1)[:, 0])
 
     @property
     def amortised(self) -> bool:

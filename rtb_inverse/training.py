@@ -9,10 +9,9 @@ from collections.abc import Callable
 import torch
 from torch import Generator, Tensor
 
-from rtb_inverse.chains import Trajectory, chunks, path_log_prob, step_log_prob
+from rtb_inverse.chains import Bridges, Trajectory, chunks, path_log_prob, step_log_prob
 from rtb_inverse.checks import check_finite
 from rtb_inverse.posterior import Posterior
-from rtb_inverse.schedules import expand
 
 
 @torch.no_grad()
@@ -30,44 +29,22 @@ def step_weights(posterior: Posterior) -> Tensor:
     return weights / weights.mean()
 
 
-def denoising_loss(posterior: Posterior, x_0: Tensor, y: Tensor | None, generator: Generator, weights: Tensor | None = None) -> Tensor:
-    r"""Conditional denoising on pairs (x_0, y): - K E log q(x_s | x_t, y) at one random step of each noised x_0, a per-path negative
-    log-likelihood (up to the constant of x_T) per element of x. Minimised by the exact posterior's steps, projected on Gaussians.
+def denoising_loss(posterior: Posterior, bridges: Bridges, y: Tensor | None, weights: Tensor | None = None) -> Tensor:
+    r"""Conditional denoising: - K E log q(x_s | x_t, y) over bridges of paths whose end simulated y, a per-path negative log-likelihood
+    (up to the constant of x_T) per element of x. Minimised by the exact posterior's steps, projected on Gaussians.
 
-    x_s is integrated out: under the forward process x_s | x_t, x_0 is a Gaussian, and q's expected log-density under it is closed.
-
-    Args:
-        x_0: (M, *shape). y: (M, *y_shape) or None.
-        weights: of the steps, (K,), mean 1; None: all equal.
-    """
-    times = posterior.times.to(x_0.device)
-    k = torch.randint(posterior.steps, (len(x_0),), generator=generator, device=generator.device).to(x_0.device)
-    t, s = times[k], times[k + 1]
-    noise = torch.randn(x_0.shape, generator=generator, device=x_0.device, dtype=x_0.dtype)
-    x_t = posterior.schedule.add_noise(x_0, noise, t)
-    c_0, c_t, sd = posterior.schedule.reverse_step(t, s, posterior.prior.eta)
-    step = posterior.transition(x_t, t, s, y)
-    log_q = step.expected_log_prob(expand(c_0, x_t) * x_0 + expand(c_t, x_t) * x_t, sd.to(x_t.dtype))
-    return -_weighted(log_q, weights, k).mean() * posterior.steps / x_0[0].numel()
-
-
-def _weighted(log_q: Tensor, weights: Tensor | None, k: Tensor) -> Tensor:
-    return log_q if weights is None else weights.to(log_q)[k] * log_q
-
-
-def path_denoising_loss(
-    posterior: Posterior, states: Tensor, y: Tensor | None, generator: Generator, weights: Tensor | None = None
-) -> Tensor:
-    r"""The same on paths of the posterior themselves: - K log q(x_s | x_t, y) at one random step of each path, per element of x.
+    With x_s integrated out, q's expected log-density is closed and its gradient far less noisy: little of a step's noise is about x_0.
 
     Args:
-        states: (K + 1, M, *shape), x_T first: prior roll-outs from whose ends y was simulated.
+        bridges: M transitions. y: (M, *y_shape) or None.
         weights: of the steps, (K,), mean 1; None: all equal.
     """
-    k = torch.randint(posterior.steps, (states.shape[1],), generator=generator, device=generator.device).to(states.device)
-    row, times = torch.arange(states.shape[1], device=states.device), posterior.times.to(states.device)
-    step = posterior.transition(states[k, row], times[k], times[k + 1], y)
-    return -_weighted(step.log_prob(states[k + 1, row]), weights, k).mean() * posterior.steps / states[0, 0].numel()
+    times = posterior.times.to(bridges.x_t.device)
+    step = posterior.transition(bridges.x_t, times[bridges.k], times[bridges.k + 1], y)
+    log_q = step.expected_log_prob(bridges.mean, bridges.sd)
+    if weights is not None:
+        log_q = weights.to(log_q)[bridges.k] * log_q
+    return -log_q.mean() * posterior.steps / bridges.x_t[0].numel()
 
 
 @torch.no_grad()

@@ -55,7 +55,14 @@ def perturb(parameters, generator, size=0.3):
 
 def added(posterior):
     """The weights that start at zero and read what the prior does not see."""
-    return [p for name, p in posterior.network.named_parameters() if "added" in name or name == "input_gate" or name.startswith("last")]
+    return [p for name, p in posterior.network.named_parameters() if "added" in name or name.startswith("last")]
+
+
+def shut_input_gate(posterior):
+    """From here on the network sees x_t where the prior does."""
+    if hasattr(posterior.network, "input_gate"):
+        with torch.no_grad():
+            posterior.network.input_gate.zero_()
 
 
 # The start
@@ -111,6 +118,7 @@ def test_guided_start_moves_the_estimate_by_the_update(kind, problem, make_prior
     posterior = Posterior(prior, problem(prior), width=16)
     y = observations(posterior.problem, prior, generator)
     x_t, t, _ = states(prior, generator)
+    shut_input_gate(posterior)
     with torch.no_grad():
         x_0, log_scale, _ = posterior.denoise(x_t, t, y)
         plain = prior.denoise(x_t, t)
@@ -133,6 +141,11 @@ def test_scales_gates_and_log_z_start_neutral(kind, make_prior, generator):
     y = observations(posterior.problem, prior, generator)
     assert torch.equal(posterior.log_evidence(y), torch.zeros(B, dtype=y.dtype))
     assert all(float(p.detach().abs().max()) == 0 for p in added(posterior)) and added(posterior)
+    if kind != "mixture":  # the input gate of a guided start: the variance of x_0 ~ N(0, I) given x_t
+        alpha, sigma = prior.schedule.alpha_sigma(prior.times[:-1].flip(0))
+        torch.testing.assert_close(posterior.network.input_gate.detach(), (sigma**2 / (alpha**2 + sigma**2)).to(y.dtype))
+        unguided = Posterior(prior, matrix_problem(prior), start="prior")
+        assert float(unguided.network.input_gate.detach().abs().max()) == 0
     assert not posterior.train().training and not posterior.network.training
 
 
@@ -169,6 +182,7 @@ def test_y_enters_through_the_added_inputs_only(kind, start, make_prior, generat
     posterior = Posterior(prior, matrix_problem(prior), start=start, width=16)
     first, second = (observations(posterior.problem, prior, generator) for _ in range(2))
     x_t, t, _ = states(prior, generator)
+    shut_input_gate(posterior)
     with torch.no_grad():
         posterior.gate.fill_(0)  # the network's own estimate
         assert torch.equal(posterior.denoise(x_t, t, first)[0], posterior.denoise(x_t, t, second)[0])

@@ -8,12 +8,12 @@ import torch
 
 from priors import GaussianMixturePrior
 from rtb_inverse import training
-from rtb_inverse.chains import Trajectory, path_log_prob, rollout, step_log_prob
+from rtb_inverse.chains import Trajectory, noised_bridges, path_log_prob, rollout
 from rtb_inverse.distributions import GaussianStep
 from rtb_inverse.objectives import half_square, rtb, vargrad, wake_sleep
 from rtb_inverse.posterior import Posterior
 from rtb_inverse.problems import GaussianNoise, InverseProblem, Reward
-from rtb_inverse.training import denoising_loss, path_backward, path_denoising_loss, score, step_weights
+from rtb_inverse.training import denoising_loss, path_backward, score, step_weights
 from tasks import Inpainting
 
 N, B = 3, 2
@@ -312,7 +312,7 @@ def test_denoising_loss_is_the_mean_over_drawn_paths(start, generator, monkeypat
         for _ in range(50):
             index = torch.randint(4, (1000,), generator=generator)
             with torch.no_grad():
-                batches.append(denoising_loss(posterior, x_0[index], y[index], generator))
+                batches.append(denoising_loss(posterior, noised_bridges(posterior, x_0[index], generator), y[index]))
         return torch.stack(batches)
 
     def z(values):
@@ -329,7 +329,7 @@ def test_denoising_loss_is_the_mean_over_drawn_paths(start, generator, monkeypat
 def test_denoising_gradient_reaches_every_parameter_of_the_chain(generator):
     posterior = mixture_posterior(4)
     x_0 = posterior.prior.sample(64, generator)
-    denoising_loss(posterior, x_0, posterior.problem.simulate(x_0, generator), generator).backward()
+    denoising_loss(posterior, noised_bridges(posterior, x_0, generator), posterior.problem.simulate(x_0, generator)).backward()
     taken = gradients(posterior)
     trained = {id(p) for p in posterior.trainable()}
     assert {id(p) for n, p in posterior.named_parameters() if n in taken} == trained
@@ -338,30 +338,11 @@ def test_denoising_gradient_reaches_every_parameter_of_the_chain(generator):
 
 def test_denoising_without_an_observation(generator):
     posterior = perturb(Posterior(mixture(4), Reward(lambda x: -x.square().sum(-1)), width=16))
-    loss = denoising_loss(posterior, mixture(4).sample(32, generator), None, generator)
+    loss = denoising_loss(posterior, noised_bridges(posterior, mixture(4).sample(32, generator), generator), None)
     loss.backward()
     assert loss.ndim == 0
     assert bool(torch.isfinite(loss))
     assert posterior.network.last.weight.grad.abs().max() > 0
-
-
-def test_path_denoising_loss_is_the_mean_over_steps(generator, monkeypatch):
-    """Averaged over all steps it is - log q of the paths, without x_T, per element of x."""
-    posterior = mixture_posterior(4)
-    paths = rollout(posterior.prior, 5, None, generator)
-    states, y = paths.x[:, :, 0], torch.randn((5, 2), generator=generator, dtype=torch.float64)
-    log_q = torch.stack(
-        [
-            step_log_prob(posterior, Trajectory(states[:, None], paths.times, y), k[None], torch.zeros(1, dtype=torch.long))[0]
-            for k in torch.arange(4)
-        ]
-    )
-    truth = -log_q.sum(0).mean() / 3
-    losses = []
-    for k in range(4):
-        monkeypatch.setattr("rtb_inverse.training.torch.randint", lambda *args, k=k, **options: torch.full((5,), k))
-        losses.append(path_denoising_loss(posterior, states, y, generator))
-    torch.testing.assert_close(torch.stack(losses).mean(), truth)
 
 
 # Weights of the steps
@@ -389,14 +370,12 @@ def test_step_weights_even_out_the_gradient_noise(generator):
     assert plain > 6 and weighted < plain / 2
 
 
-def test_weights_multiply_the_loss_of_their_step(generator, monkeypatch):
+def test_weights_multiply_the_loss_of_their_step(generator):
     posterior = mixture_posterior(4)
     x_0 = posterior.prior.sample(64, generator)
-    y, states = posterior.problem.simulate(x_0, generator), x_0 + torch.zeros((5, 64, 3), dtype=torch.float64)
+    y, bridges = posterior.problem.simulate(x_0, generator), noised_bridges(posterior, x_0, generator)
     weights = torch.tensor([1.0, 2.0, 0.5, 0.5])
-    for loss, first in ((denoising_loss, x_0), (path_denoising_loss, states)):
-        for k in range(4):
-            with monkeypatch.context() as context:
-                context.setattr(torch, "randint", lambda high, size, k=k, **_: torch.full(size, k))
-                plain, weighted = (loss(posterior, first, y, torch.Generator().manual_seed(1), w) for w in (None, weights))
-            torch.testing.assert_close(weighted, weights[k] * plain, check_dtype=False)
+    for k in range(4):
+        bridges.k = torch.full((64,), k)
+        plain, weighted = (denoising_loss(posterior, bridges, y, w) for w in (None, weights))
+        torch.testing.assert_close(weighted, weights[k] * plain, check_dtype=False)
