@@ -12,7 +12,7 @@ joins several. `Pool` keeps pairs to simulate from; `ObservationStore` keeps, fo
 import torch
 from torch import Generator, Tensor
 
-from rtb_inverse.chains import Bridges, Trajectory, noised_bridges, random_steps, renoise, rollout
+from rtb_inverse.chains import Bridges, Trajectory, noised_bridges, random_steps, renoise, rollout, step_shares
 from rtb_inverse.checks import check_choice, check_count, check_tensor
 from rtb_inverse.posterior import Posterior
 from rtb_inverse.schedules import expand
@@ -39,6 +39,7 @@ class Pool:
     def __init__(self, posterior: Posterior, size: int = 8192, data: Tensor | None = None):
         self.prior, self.problem, self.size = posterior.prior, posterior.problem, check_count("size", size)
         self.data = data if data is None else check_tensor("data", data, posterior.shape).to(posterior.gate.device, posterior.gate.dtype)
+        self.shares = step_shares(self.prior)
         self.keeps_paths = data is None and not self.prior.exact_reversal
         levels, options = posterior.steps if self.keeps_paths else 0, self.prior._options()
         self.states = torch.empty((levels + 1, 0, *posterior.shape), **options)  # (K + 1 or 1, size, *shape), x_0 last
@@ -80,9 +81,9 @@ class Pool:
         """m transitions of paths of the joint distribution, and y (m, *y_shape)."""
         if not self.keeps_paths:
             x_0, y = self.pairs(m, generator)
-            return noised_bridges(self.prior, x_0, generator, self.prior.eta), y
+            return noised_bridges(self.prior, x_0, generator, self.shares), y
         index = torch.randint(len(self), (m,), generator=generator, device=generator.device).to(self.states.device)
-        k = random_steps(self.prior, m, generator).to(index.device)
+        k = random_steps(self.shares, m, generator).to(index.device)
         x_t, mean, x_0 = self.states[k, index], self.means[k, index], self.x[index]
         rho = self.moments[1] / self.moments[0]
         sd = ((self.moments[2] - rho * self.moments[1]).clamp_min(0) / (len(self) * x_0[0].numel())).sqrt()

@@ -286,19 +286,32 @@ class Bridges:
     sd: Tensor
 
 
-def random_steps(chain: Chain, m: int, generator: Generator) -> Tensor:
-    """m of the K transitions, drawn evenly: (m,)."""
-    return torch.randint(chain.steps, (m,), generator=generator, device=generator.device)
+def random_steps(shares: Tensor, m: int, generator: Generator) -> Tensor:
+    """m of the K transitions, drawn by their shares (K,): (m,)."""
+    return torch.multinomial(shares.to(generator.device), m, replacement=True, generator=generator)
 
 
-def noised_bridges(chain: Chain, x_0: Tensor, generator: Generator, eta: float = 1.0) -> Bridges:
-    """Noise each x_0 (M, *shape) to a random level of the grid; x_s between it and x_0 is the forward process's."""
-    k = random_steps(chain, len(x_0), generator).to(x_0.device)
-    times = chain.times.to(x_0.device)
+@torch.no_grad()
+def step_shares(prior: "Prior") -> Tensor:
+    """How often a regression visits each of the K transitions, (K,): half evenly, half by how much of x_0 is decided there, that is by
+    the fall of the denoiser's squared error over the step."""
+    even = torch.full((prior.steps,), 1 / prior.steps, dtype=torch.float64)
+    error = prior.denoiser_error(prior.times[:-1])
+    if error is None:
+        return even
+    left = torch.cat([error.flatten(1).mean(1).cpu(), torch.zeros(1, dtype=torch.float64)])
+    decided = (left[:-1] - left[1:]).clamp_min(0)
+    return (even + decided / decided.sum()) / 2
+
+
+def noised_bridges(prior: Prior, x_0: Tensor, generator: Generator, shares: Tensor) -> Bridges:
+    """Noise each x_0 (M, *shape) to a random level of the grid, by `shares` (K,); x_s between it and x_0 is the forward process's."""
+    k = random_steps(shares, len(x_0), generator).to(x_0.device)
+    times = prior.times.to(x_0.device)
     t, s = times[k], times[k + 1]
     noise = torch.randn(x_0.shape, generator=generator, device=x_0.device, dtype=x_0.dtype)
-    x_t = chain.schedule.add_noise(x_0, noise, t)
-    c_0, c_t, sd = chain.schedule.reverse_step(t, s, eta)
+    x_t = prior.schedule.add_noise(x_0, noise, t)
+    c_0, c_t, sd = prior.schedule.reverse_step(t, s, prior.eta)
     return Bridges(k, x_t, expand(c_0, x_t) * x_0 + expand(c_t, x_t) * x_t, sd.to(x_t.dtype))
 
 

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from rtb_inverse import checkpoints
 from rtb_inverse.averaging import ExponentialMovingAverage
 from rtb_inverse.behaviours import ObservationStore, Pool, check_weights, mixture
-from rtb_inverse.chains import noised_bridges, rollout
+from rtb_inverse.chains import noised_bridges, rollout, step_shares
 from rtb_inverse.checks import check_choice, check_count, check_positive, check_writable
 from rtb_inverse.data import ObservationData
 from rtb_inverse.diagnostics import log_mean_weight
@@ -176,7 +176,7 @@ class PosteriorTraining(LightningModule):
                 self._gather(step)
             only = torch.zeros(1, dtype=torch.long, device=self.device)  # what entered by weight is drawn evenly
             x_0, y = self.store.good(only, self.states, self.generator, uniform=1.0)[:, 0], None
-            bridges = noised_bridges(self.posterior, x_0, self.generator, self.posterior.prior.eta)
+            bridges = noised_bridges(self.posterior.prior, x_0, self.generator, step_shares(self.posterior.prior))
         loss = denoising_loss(self.posterior, bridges, y, self.weights)
         loss.backward()
         return loss.detach()

@@ -16,16 +16,16 @@ from rtb_inverse.posterior import Posterior
 
 @torch.no_grad()
 def step_weights(posterior: Posterior) -> Tensor:
-    r"""Weights of the K steps in a regression, mean 1, (K,): lambda_t^{-1/2} with lambda_t = c_0^2 r_t^2 / (sd^2 + c_0^2 r_t^2), the share
+    r"""Weights of the K steps in a regression, mean 1, (K,): 1 / lambda_t with lambda_t = c_0^2 r_t^2 / (sd^2 + c_0^2 r_t^2), the share
     of a step's variance that comes from not knowing x_0.
 
-    A regression's gradient noise grows with lambda_t, which is 1 at the last step, while there is most to learn where it is small,
+    A regression's gradient and its noise grow with lambda_t, which is 1 at the last step, while there is most to learn where it is small,
     early. Each step's minimiser is the same under any weights; these keep the last steps from drowning the first.
     """
     t, s = posterior.times[:-1], posterior.times[1:]
     c_0, _, sd = posterior.schedule.reverse_step(t, s, posterior.prior.eta)
     error = posterior.error(t).flatten(1).mean(1).cpu()
-    weights = ((c_0**2 * error) / (sd**2 + c_0**2 * error)).clamp_min(1e-6).rsqrt()
+    weights = ((c_0**2 * error) / (sd**2 + c_0**2 * error)).clamp_min(1e-4).reciprocal()
     return weights / weights.mean()
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.distributions import Independent, MultivariateNormal, Normal
 
-from rtb_inverse.chains import VARIANCES, Prior, Trajectory, path_log_prob, renoise, rollout, step_log_prob
+from rtb_inverse.chains import VARIANCES, Prior, Trajectory, path_log_prob, random_steps, renoise, rollout, step_log_prob, step_shares
 from rtb_inverse.distributions import GaussianStep, draw
 from rtb_inverse.guidance import Update
 from rtb_inverse.posterior import Posterior
@@ -416,3 +416,20 @@ def test_renoise_meets_the_chains_levels(path, generator):
     again = Trajectory(climb, chain.times)
     with torch.no_grad():
         assert torch.isfinite(path_log_prob(chain, again)).all()
+
+
+def test_steps_are_visited_evenly_and_where_x_0_is_decided(generator):
+    """Half of the shares even, half by the fall of r_t^2; drawn so (chi-square with 4 degrees of freedom, above 25.5 once in 25,000
+    seeds)."""
+
+    class Known(Constant):
+        def denoiser_error(self, t):
+            return t.reshape(-1, 1).double().expand(-1, 2) ** 2
+
+    prior = Known((2,), FlowMatching(), 5)
+    shares = step_shares(prior)
+    fall = prior.times[:-1] ** 2 - torch.cat([prior.times[1:-1] ** 2, torch.zeros(1)])
+    torch.testing.assert_close(shares, 0.1 + 0.5 * fall / fall.sum())
+    counts = torch.bincount(random_steps(shares, M, generator), minlength=5)
+    assert float(((counts - M * shares) ** 2 / (M * shares)).sum()) < 25.5
+    assert torch.equal(step_shares(Constant((2,), FlowMatching(), 4)), torch.full((4,), 0.25, dtype=torch.float64))

@@ -17,6 +17,7 @@ from rtb_inverse.training import denoising_loss, path_backward, score, step_weig
 from tasks import Inpainting
 
 N, B = 3, 2
+EVEN = torch.ones(4)  # shares of the steps
 
 
 def perturb(posterior: Posterior, seed: int = 0, size: float = 0.1) -> Posterior:
@@ -312,7 +313,7 @@ def test_denoising_loss_is_the_mean_over_drawn_paths(start, generator, monkeypat
         for _ in range(50):
             index = torch.randint(4, (1000,), generator=generator)
             with torch.no_grad():
-                batches.append(denoising_loss(posterior, noised_bridges(posterior, x_0[index], generator), y[index]))
+                batches.append(denoising_loss(posterior, noised_bridges(posterior.prior, x_0[index], generator, EVEN), y[index]))
         return torch.stack(batches)
 
     def z(values):
@@ -329,7 +330,7 @@ def test_denoising_loss_is_the_mean_over_drawn_paths(start, generator, monkeypat
 def test_denoising_gradient_reaches_every_parameter_of_the_chain(generator):
     posterior = mixture_posterior(4)
     x_0 = posterior.prior.sample(64, generator)
-    denoising_loss(posterior, noised_bridges(posterior, x_0, generator), posterior.problem.simulate(x_0, generator)).backward()
+    denoising_loss(posterior, noised_bridges(posterior.prior, x_0, generator, EVEN), posterior.problem.simulate(x_0, generator)).backward()
     taken = gradients(posterior)
     trained = {id(p) for p in posterior.trainable()}
     assert {id(p) for n, p in posterior.named_parameters() if n in taken} == trained
@@ -338,7 +339,7 @@ def test_denoising_gradient_reaches_every_parameter_of_the_chain(generator):
 
 def test_denoising_without_an_observation(generator):
     posterior = perturb(Posterior(mixture(4), Reward(lambda x: -x.square().sum(-1)), width=16))
-    loss = denoising_loss(posterior, noised_bridges(posterior, mixture(4).sample(32, generator), generator), None)
+    loss = denoising_loss(posterior, noised_bridges(mixture(4), mixture(4).sample(32, generator), generator, EVEN), None)
     loss.backward()
     assert loss.ndim == 0
     assert bool(torch.isfinite(loss))
@@ -373,7 +374,7 @@ def test_step_weights_even_out_the_gradient_noise(generator):
 def test_weights_multiply_the_loss_of_their_step(generator):
     posterior = mixture_posterior(4)
     x_0 = posterior.prior.sample(64, generator)
-    y, bridges = posterior.problem.simulate(x_0, generator), noised_bridges(posterior, x_0, generator)
+    y, bridges = posterior.problem.simulate(x_0, generator), noised_bridges(posterior.prior, x_0, generator, EVEN)
     weights = torch.tensor([1.0, 2.0, 0.5, 0.5])
     for k in range(4):
         bridges.k = torch.full((64,), k)
