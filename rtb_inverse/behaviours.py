@@ -23,8 +23,9 @@ def state(**tensors) -> dict:
 
 
 class Pool:
-    """Draws of x, reused with fresh y. Where the prior's chain is not the exact reversal of the forward process, whole roll-outs
-    are kept: with y simulated from its end, such a path is a path of the chain's own posterior, which a noised x_0 is not quite.
+    """Where pairs (x, y) come from. A prior whose chain is the exact reversal of the forward process (an analytic one) draws anew each
+    time. Of a network's prior, whose draws cost time, whole roll-outs are kept and reused with fresh y: with y simulated from its end,
+    such a path is a path of the chain's own posterior, which a noised x_0 is not quite.
 
     Of such a path x_s, given x_t and x_0, is taken as Gaussian about (1 - rho) m + rho b, between the mean m of the prior's step and that
     of the forward process's bridge to x_0, b = c_0 x_0 + c_t x_t. rho and the spread are a regression over all paths, step by step. (On
@@ -32,7 +33,7 @@ class Pool:
 
     Args:
         posterior: its prior draws x_0; its problem simulates y.
-        size: how many draws to keep; a full pool grows no more.
+        size: how many roll-outs to keep; a full pool grows no more.
         data: clean examples (M, *shape) to use in place of the prior's draws.
     """
 
@@ -56,12 +57,9 @@ class Pool:
         return self.states[-1]
 
     def grow(self, n: int, generator: Generator, progress: bool = False) -> None:
-        """Add n draws of the prior, unless the pool is the user's data or full."""
+        """Add n roll-outs of the prior, where they are kept and there is room."""
         n = min(n, self.size - len(self))
-        if self.data is not None or n < 1:
-            return
-        if not self.keeps_paths:
-            self.states = torch.cat([self.states, self.prior.sample(n, generator, progress)[None]], 1)
+        if not self.keeps_paths or n < 1:
             return
         paths = rollout(self.prior, n, None, generator, keep_means=True, progress=progress)
         states, means = paths.x[:, :, 0], paths.means[:, :, 0]  # type: ignore[index]
@@ -92,11 +90,14 @@ class Pool:
 
     def pairs(self, m: int, generator: Generator) -> tuple[Tensor, Tensor]:
         """m pairs x_0 (m, *shape), y (m, *y_shape) of the joint distribution."""
-        index = torch.randint(len(self), (m,), generator=generator, device=generator.device).to(self.states.device)
-        return self.x[index], self.problem.simulate(self.prior.decode(self.x[index]), generator)
+        if self.data is None and not self.keeps_paths:
+            x_0 = self.prior.sample(m, generator)
+        else:
+            x_0 = self.x[torch.randint(len(self), (m,), generator=generator, device=generator.device).to(self.states.device)]
+        return x_0, self.problem.simulate(self.prior.decode(x_0), generator)
 
     def state_dict(self) -> dict:
-        return {} if self.data is not None else {"states": self.states, "means": self.means, "moments": self.moments}
+        return {"states": self.states, "means": self.means, "moments": self.moments} if self.keeps_paths else {}
 
     def load_state_dict(self, saved: dict) -> None:
         for name, value in saved.items():

@@ -47,9 +47,9 @@ class PosteriorTraining(LightningModule):
         lr, lr_rtb, lr_log_z: peak learning rates of the chain in the warm start and in the RTB phase, and of log Z(y); the gates, one
             number per step, take ten times the chain's.
         clip: Huber threshold of the residual, in nats; null for none (`objectives.half_square`).
-        pool: how many prior draws to keep for simulation (draws of the posterior, in a wake-sleep warm start), of which `pool_start` are
-            drawn before the first step and `pool_growth` every `refresh` steps. A network's prior keeps whole roll-outs, K + 1 states
-            each, in memory and in every checkpoint: take a smaller pool for large x.
+        pool: how many roll-outs of a network's prior to keep for simulation (draws of the posterior, in a wake-sleep warm start), of which
+            `pool_start` are drawn before the first step and `pool_growth` every `refresh` steps. Each is 2 K + 1 arrays of x's size, in
+            memory and in every checkpoint: take a smaller pool for large x.
         slots: observations kept with replay buffers of `capacity` x_0 each (amortised mode); a quarter of the chosen ones is renewed at
             each step.
         step_fraction, chunk_size: see `training.path_backward`.

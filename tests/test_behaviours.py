@@ -359,9 +359,11 @@ def test_the_floor_is_a_share(uniform):
 class Counting(GaussianMixturePrior):
     drawn = 0
 
-    def sample(self, n, generator=None, progress=False):
-        self.drawn += n
-        return super().sample(n, generator, progress)
+    exact_reversal = False  # so that its roll-outs are kept, and counted
+
+    def initial(self, sample_shape):
+        self.drawn += sample_shape[0]
+        return super().initial(sample_shape)
 
 
 def counting_posterior() -> Posterior:
@@ -413,6 +415,18 @@ def test_pool_of_the_users_data(generator):
     other = Pool(posterior, data=data)
     other.load_state_dict(pool.state_dict())
     assert torch.equal(other.x, pool.x)
+
+
+def test_an_exact_prior_draws_anew(generator):
+    posterior = posterior_of()
+    pool = Pool(posterior)
+    pool.grow(100, generator)
+    assert len(pool) == 0 and pool.state_dict() == {}
+    draws = torch.cat([pool.pairs(500, generator)[0] for _ in range(4)])
+    assert len(draws.unique(dim=0)) == 2000
+    again = torch.Generator().manual_seed(1)
+    x_0, y = pool.pairs(3, torch.Generator().manual_seed(1))
+    assert torch.equal(x_0, posterior.prior.sample(3, again)) and torch.equal(y, posterior.problem.simulate(x_0, again))
 
 
 def test_pool_state_round_trip(generator):
