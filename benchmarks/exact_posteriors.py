@@ -138,25 +138,39 @@ def train(problem: Problem, method: str, seconds: float, seed: int) -> tuple[Pos
     return posterior, time.process_time() - start, warm + rtb
 
 
-def judge(
-    problem: Problem, posterior: Posterior, observations: int = 32, n: int = 2048, floor_n: int = 1024
-) -> dict[str, Estimate | float]:
-    generator = torch.Generator().manual_seed(12345)
-    x = problem.prior.sample(observations, generator)
-    y = posterior.problem.simulate(x, generator)
-    one, two = (problem.exact_draws(y, floor_n, generator) for _ in range(2))
-    draws = importance(posterior, y, n, generator, chunk_size=16384)
-    floor = sliced_wasserstein(one, two, generator=generator)
-    distance = sliced_wasserstein(draws.x[:floor_n], one, generator=generator)
-    oracle = problem.oracle_ess(y, n, generator)
-    log_z = problem.log_evidence(y)
+@dataclass
+class Reference:
+    """What all methods of a problem are compared with, for the same observations."""
+
+    y: Tensor
+    exact: Tensor
+    floor: Tensor
+    oracle: Tensor | None
+    log_z: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, problem: Problem, observations: int, n: int, floor_n: int) -> "Reference":
+        generator = torch.Generator().manual_seed(12345)
+        bound = problem.problem.bind(problem.prior.shape)
+        y = bound.simulate(problem.prior.sample(observations, generator), generator)
+        one, two = (problem.exact_draws(y, floor_n, generator) for _ in range(2))
+        floor = sliced_wasserstein(one, two, generator=generator)
+        return cls(y, one, floor, problem.oracle_ess(y, n, generator), problem.log_evidence(y))
+
+
+def judge(posterior: Posterior, reference: Reference, n: int) -> dict[str, Estimate | float]:
+    generator = torch.Generator().manual_seed(54321)
+    draws = importance(posterior, reference.y, n, generator, chunk_size=16384)
+    distance = sliced_wasserstein(draws.x[: len(reference.exact)], reference.exact, generator=generator)
+    floor, observations = reference.floor, len(reference.y)
     return {
         "distance": Estimate(float(distance.mean() / floor.mean()), float(distance.std() / floor.mean() / observations**0.5)),
         "median distance": float((distance / floor).median()),
         "ess": Estimate.of(draws.ess / n),
-        "oracle ess": float("nan") if oracle is None else Estimate.of(oracle),
-        "log z error": float((draws.log_z - log_z).abs().median()),
-        "elbo gap": Estimate.of(log_z - draws.log_w.mean(0)),
+        "oracle ess": float("nan") if reference.oracle is None else Estimate.of(reference.oracle),
+        "log z error": float((draws.log_z - reference.log_z).abs().median()),
+        "elbo gap": Estimate.of(reference.log_z - draws.log_w.mean(0)),
     }
 
 
@@ -166,6 +180,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--seconds", type=float, default=150.0)
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--observations", type=int, default=32)
     parser.add_argument("--output", type=Path, help="also write the rows here, as JSON lines")
     parser.add_argument("--options", type=json.loads, default={}, help="JSON of further training options, for studies")
     args = parser.parse_args()
@@ -179,10 +194,11 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|---|---|---|", flush=True)
     for name in args.problems:
         problem = make_problem(name)
+        reference = Reference.of(problem, args.observations, n=2048, floor_n=1024)
         for method in args.methods:
             for seed in range(1 if METHODS[method] is None else args.seeds):
                 posterior, seconds, steps = train(problem, method, args.seconds, seed)
-                row = judge(problem, posterior)
+                row = judge(posterior, reference, n=2048)
                 cells = [name, method, seed, row["distance"], f"{row['median distance']:.2f}", row["ess"], row["oracle ess"]]
                 cells += [f"{row['log z error']:.3f}", row["elbo gap"], steps, f"{seconds:.0f}"]
                 print("| " + " | ".join(map(str, cells)) + " |", flush=True)
