@@ -141,8 +141,8 @@ class CovarianceGuidance(nn.Module):
         matrix, offset = (c.to(x_0.device, x_0.dtype) for c in (self.matrix, self.offset))
         residual = y.flatten(1) - offset - x_0.flatten(x_0.ndim - self.event_dim) @ matrix.T
         times, which = t.unique(return_inverse=True)
-        gains, shrinks = zip(*(self.gain(time) for time in times), strict=True)
-        gains = [gain.to(x_0.device, x_0.dtype) for gain in gains]
+        known = [self.gain(time) for time in times]
+        gains, shrinks = [gain.to(x_0.device, x_0.dtype) for gain, _ in known], [shrink for _, shrink in known]
         delta, rows = x_0.new_empty((*residual.shape[:-1], matrix.shape[1])), which.expand(residual.shape[:-1])
         for i, gain in enumerate(gains):  # one matrix product for all states of one time
             if len(gains) == 1:

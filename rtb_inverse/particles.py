@@ -51,12 +51,18 @@ class Particles:
 
     def resample(self, n: int | None = None, generator: Generator | None = None) -> "Particles":
         """n unweighted draws (default N) by systematic resampling, in random order, for each observation."""
-        N, B = self.log_w.shape
-        n = N if n is None else n
-        cumulative = self.weights.double().cumsum(0).T.contiguous()
-        options: dict[str, Any] = {"generator": generator, "device": self.x.device}
-        u = (torch.arange(n, device=self.x.device) + torch.rand((B, 1), dtype=torch.float64, **options)) / n
-        index = torch.searchsorted(cumulative, u * cumulative[:, -1:]).clamp_max(N - 1)
-        index = index.gather(1, torch.rand((B, n), **options).argsort(1)).T
+        n = len(self.log_w) if n is None else n
+        index = systematic(self.log_w, n, generator)
+        B = index.shape[1]
         x = self.x[index, torch.arange(B, device=self.x.device)]
         return Particles(x, x.new_zeros((n, B)))
+
+
+def systematic(log_w: Tensor, n: int, generator: Generator | None = None) -> Tensor:
+    """Indices (n, B) of a systematic resampling by log-weights (N, B), in random order."""
+    N, B = log_w.shape
+    cumulative = log_w.double().softmax(0).cumsum(0).T.contiguous()
+    options: dict[str, Any] = {"generator": generator, "device": log_w.device}
+    u = (torch.arange(n, device=log_w.device) + torch.rand((B, 1), dtype=torch.float64, **options)) / n
+    index = torch.searchsorted(cumulative, u * cumulative[:, -1:]).clamp_max(N - 1)
+    return index.gather(1, torch.rand((B, n), **options).argsort(1)).T
