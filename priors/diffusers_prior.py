@@ -75,6 +75,8 @@ class DiffusersPrior(Prior):
         schedule = schedule_from_config(read_json(config_file))
         network = load_model(network_folder, MODELS)
         tables = load_weights(folder / ERROR_FILE) if (folder / ERROR_FILE).is_file() else {}
+        if tables and not {"times", "variance"} <= set(tables) <= {"times", "variance", "factor_times", "factor"}:
+            raise ValueError(f"{folder / ERROR_FILE} must hold times and variance, perhaps factor_times and factor, got {sorted(tables)}")
         options = read_json(folder / "prior_config.json") if (folder / "prior_config.json").is_file() else {}
         given = {"steps": steps, "eta": eta, "variance": variance, "min_std": min_std}
         options |= {name: value for name, value in given.items() if value is not None}

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from rtb_inverse.chains import Prior
 from rtb_inverse.problems import GaussianNoise, InverseProblem
 
-DENSE_LIMIT = 2**22
+DENSE_LIMIT = 2**22  # elements of a matrix that is kept
+COVARIANCE_LIMIT = 2**20  # of a gain that is kept for each of the K times
 
 
 @dataclass
@@ -134,7 +135,7 @@ class CovarianceGuidance(nn.Module):
                 shrink = left.diagonal() / C.diagonal()
             else:
                 shrink = ((left @ self.basis) * self.basis).sum(0) / C.diagonal().mean()
-            self._known[float(t)] = gain, shrink.clamp_min(1e-9)
+            self._known[float(t)] = gain.to(self.matrix.dtype), shrink.clamp_min(1e-9)
         return self._known[float(t)]
 
     def forward(self, x_0: Tensor, y: Tensor, t: Tensor) -> Update:
@@ -236,7 +237,7 @@ def guidance(problem: InverseProblem, decode: Callable[[Tensor], Tensor] | None 
 
 def covariance_guidance(problem: InverseProblem, prior: Prior, beta: float) -> CovarianceGuidance | None:
     """Where the operator is affine and small and the prior knows the covariance of its error; else None."""
-    small = problem.shape.numel() * problem.y_shape.numel() <= DENSE_LIMIT
+    small = problem.shape.numel() * problem.y_shape.numel() <= COVARIANCE_LIMIT
     if prior.decodes or not isinstance(problem.noise, GaussianNoise) or not problem.linear or not small:
         return None
     if prior.denoiser_covariance(prior.times[0]) is None:

@@ -175,7 +175,6 @@ class ResidualMLP(nn.Module):
 
     def forward(self, prior: Prior, x_t: Tensor, t: Tensor, condition: Tensor, move: Tensor | None, x_0: Tensor) -> tuple[Tensor, Tensor]:
         alpha, sigma = (c.to(x_t.device, x_t.dtype).expand(x_t.shape[:-1])[..., None] for c in prior.schedule.alpha_sigma(t))
-        x_0 = prior.denoise(x_t, t)
         error = prior.denoiser_error(t)
         r = sigma / (alpha**2 + sigma**2).sqrt() if error is None else error.sqrt().to(x_t.device, x_t.dtype)
         move = torch.zeros_like(x_t) if move is None else move

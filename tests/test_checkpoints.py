@@ -188,6 +188,12 @@ def test_truncated_error_table(folder, unet2d_prior):
         DiffusersPrior.from_pretrained(folder)
 
 
+def test_error_table_of_another_kind(folder):
+    save_file({"times": torch.ones(2), "error": torch.ones(2, 1, 8, 8)}, folder / ERROR_FILE)
+    with pytest.raises(ValueError, match=f"{ERROR_FILE} must hold times and variance, .* got \\['error', 'times'\\]"):
+        DiffusersPrior.from_pretrained(folder)
+
+
 @pytest.mark.parametrize("suffix", [".bin", ".pt", ".ckpt"])
 def test_pickles_are_not_loaded(suffix, folder):
     file = find(folder, WEIGHTS)

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 import rtb_inverse.denoiser_error
+import rtb_inverse.guidance
 from rtb_inverse import GaussianNoise, InverseProblem
 from rtb_inverse.denoiser_error import DenoiserError, leading_correlations
-from rtb_inverse.guidance import CovarianceGuidance
+from rtb_inverse.guidance import CovarianceGuidance, covariance_guidance
 from rtb_inverse.schedules import VarianceExploding
 
 D = torch.float64
@@ -133,3 +134,16 @@ def test_covariance_guidance_is_the_textbook(kind, beta, generator):
             V = update.basis
             torch.testing.assert_close(V.T @ V, torch.eye(2, dtype=D))
             torch.testing.assert_close(update.shrink[i, 0] * C.diagonal().mean(), (V.T @ left @ V).diagonal())
+
+
+def test_covariance_guidance_only_where_it_is_small_and_known(make_prior, monkeypatch):
+    prior, measured = make_prior("unet2d", measured=False), make_prior("unet2d")
+    flat, noise = torch.nn.Flatten(), GaussianNoise(0.1)
+
+    def guide(prior, operator):
+        return covariance_guidance(InverseProblem(operator, noise, prior.shape), prior, 1.0)
+
+    assert isinstance(guide(measured, flat), CovarianceGuidance)
+    assert guide(prior, flat) is None and guide(measured, torch.square) is None
+    monkeypatch.setattr(rtb_inverse.guidance, "COVARIANCE_LIMIT", 63 * 64)
+    assert guide(measured, flat) is None
