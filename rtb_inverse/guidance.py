@@ -131,10 +131,11 @@ class CovarianceGuidance(nn.Module):
             S = A @ C @ A.T + torch.diag(self.noise_variance)
             gain = torch.linalg.solve(S, A @ C).T
             left = C - gain @ A @ C
+            variance = C.diagonal().clamp_min(1e-30)  # an element that never varies has none
             if self.basis is None:
-                shrink = left.diagonal() / C.diagonal()
+                shrink = left.diagonal() / variance
             else:
-                shrink = ((left @ self.basis) * self.basis).sum(0) / C.diagonal().mean()
+                shrink = ((left @ self.basis) * self.basis).sum(0) / variance.mean()
             self._known[float(t)] = gain.to(self.matrix.dtype), shrink.clamp_min(1e-9)
         return self._known[float(t)]
 

@@ -147,3 +147,12 @@ def test_covariance_guidance_only_where_it_is_small_and_known(make_prior, monkey
     assert guide(prior, flat) is None and guide(measured, torch.square) is None
     monkeypatch.setattr(rtb_inverse.guidance, "COVARIANCE_LIMIT", 63 * 64)
     assert guide(measured, flat) is None
+
+
+def test_an_element_that_never_varies_is_left_alone(generator):
+    covariance = torch.diag(torch.tensor([0.5, 0.0], dtype=D))
+    guide = CovarianceGuidance(masked(torch.tensor([True, True]), torch.tensor(0.3, dtype=D)), lambda t: covariance)
+    x_0, y = torch.zeros((4, 1, 2), dtype=D), torch.ones((1, 2), dtype=D)
+    update = guide(x_0, y, torch.tensor(0.5))
+    torch.testing.assert_close(update.delta[0, 0], torch.tensor([0.5 / 0.59, 0.0], dtype=D))
+    assert bool(torch.isfinite(update.shrink).all())
