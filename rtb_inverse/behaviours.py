@@ -12,7 +12,7 @@ joins several. `Pool` keeps pairs to simulate from; `ObservationStore` keeps, fo
 import torch
 from torch import Generator, Tensor
 
-from rtb_inverse.chains import Bridges, Trajectory, noised_bridges, random_steps, renoise, rollout, step_shares
+from rtb_inverse.chains import Bridges, Trajectory, forward_bridge, noised_bridges, random_steps, renoise, rollout, step_shares
 from rtb_inverse.checks import check_choice, check_count, check_tensor
 from rtb_inverse.posterior import Posterior
 from rtb_inverse.schedules import expand
@@ -64,16 +64,11 @@ class Pool:
         paths = rollout(self.prior, n, None, generator, keep_means=True, progress=progress)
         states, means = paths.x[:, :, 0], paths.means[:, :, 0]  # type: ignore[index]
         k = torch.arange(self.prior.steps, device=states.device)[:, None].expand(-1, n)
-        bridge = self._bridge(k, states[:-1], states[-1:]) - means
+        bridge = forward_bridge(self.prior, k, states[:-1], states[-1:])[0] - means
         step = states[1:] - means
         moments = [(bridge * bridge), (bridge * step), (step * step)]
         self.moments += torch.stack([product.flatten(1).double().sum(1) for product in moments])
         self.states, self.means = torch.cat([self.states, states], 1), torch.cat([self.means, means], 1)
-
-    def _bridge(self, k: Tensor, x_t: Tensor, x_0: Tensor) -> Tensor:
-        times = self.prior.times.to(k.device)
-        c_0, c_t, _ = self.prior.schedule.reverse_step(times[k], times[k + 1], self.prior.eta)
-        return expand(c_0, x_t) * x_0 + expand(c_t, x_t) * x_t
 
     def bridges(self, m: int, generator: Generator) -> tuple[Bridges, Tensor]:
         """m transitions of paths of the joint distribution, and y (m, *y_shape)."""
@@ -85,7 +80,7 @@ class Pool:
         x_t, mean, x_0 = self.states[k, index], self.means[k, index], self.x[index]
         rho = self.moments[1] / self.moments[0]
         sd = ((self.moments[2] - rho * self.moments[1]).clamp_min(0) / (len(self) * x_0[0].numel())).sqrt()
-        mean = mean + expand(rho[k], mean) * (self._bridge(k, x_t, x_0) - mean)
+        mean = mean + expand(rho[k], mean) * (forward_bridge(self.prior, k, x_t, x_0)[0] - mean)
         return Bridges(k, x_t, mean, sd[k].to(x_t.dtype)), self.problem.simulate(self.prior.decode(x_0), generator)
 
     def pairs(self, m: int, generator: Generator) -> tuple[Tensor, Tensor]:

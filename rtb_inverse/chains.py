@@ -307,12 +307,16 @@ def step_shares(prior: "Prior") -> Tensor:
 def noised_bridges(prior: Prior, x_0: Tensor, generator: Generator, shares: Tensor) -> Bridges:
     """Noise each x_0 (M, *shape) to a random level of the grid, by `shares` (K,); x_s between it and x_0 is the forward process's."""
     k = random_steps(shares, len(x_0), generator).to(x_0.device)
-    times = prior.times.to(x_0.device)
-    t, s = times[k], times[k + 1]
     noise = torch.randn(x_0.shape, generator=generator, device=x_0.device, dtype=x_0.dtype)
-    x_t = prior.schedule.add_noise(x_0, noise, t)
-    c_0, c_t, sd = prior.schedule.reverse_step(t, s, prior.eta)
-    return Bridges(k, x_t, expand(c_0, x_t) * x_0 + expand(c_t, x_t) * x_t, sd.to(x_t.dtype))
+    x_t = prior.schedule.add_noise(x_0, noise, prior.times.to(x_0.device)[k])
+    return Bridges(k, x_t, *forward_bridge(prior, k, x_t, x_0))
+
+
+def forward_bridge(prior: Prior, k: Tensor, x_t: Tensor, x_0: Tensor) -> tuple[Tensor, Tensor]:
+    """The forward process's x_s given x_t and x_0 at transitions k (*batch): mean (*batch, *shape), standard deviation (*batch)."""
+    times = prior.times.to(k.device)
+    c_0, c_t, sd = prior.schedule.reverse_step(times[k], times[k + 1], prior.eta)
+    return expand(c_0, x_t) * x_0 + expand(c_t, x_t) * x_t, sd.to(x_t.dtype)
 
 
 def chunks(trajectory: Trajectory, chunk_size: int | None, steps: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:

@@ -41,10 +41,14 @@ def importance(
     xs, log_ws = [], []
     for start in range(0, n, batch_size or n):
         paths = rollout(posterior, min(batch_size or n, n - start), y, generator, progress=progress)
-        log_p = path_log_prob(posterior.prior, paths, chunk_size)
-        log_ws.append(log_p + posterior.log_likelihood(paths.x_0, y) - paths.log_prob)
+        log_ws.append(path_log_weights(posterior, paths, chunk_size))
         xs.append(posterior.decode(paths.x_0))
     return Particles(torch.cat(xs), torch.cat(log_ws))
+
+
+def path_log_weights(posterior: Posterior, paths: Trajectory, chunk_size: int | None) -> Tensor:
+    """log p(tau) + beta log p(y | x_0) - log q(tau | y) of the posterior's own paths, (N, B)."""
+    return path_log_prob(posterior.prior, paths, chunk_size) + posterior.log_likelihood(paths.x_0, paths.y) - paths.log_prob
 
 
 @torch.no_grad()
@@ -164,8 +168,7 @@ def renoise_mcmc(
 def choose_by_weight(posterior: Posterior, y: Tensor | None, n: int, generator: Generator | None, chunk_size: int | None) -> Tensor:
     """Paths (K + 1, n, B, *shape): n out of 4 n of the posterior's, resampled by their weights."""
     paths = rollout(posterior, 4 * n, y, generator)
-    log_w = path_log_prob(posterior.prior, paths, chunk_size) + posterior.log_likelihood(paths.x_0, y) - paths.log_prob
-    index = systematic(log_w, n, generator)
+    index = systematic(path_log_weights(posterior, paths, chunk_size), n, generator)
     return paths.x[:, index, torch.arange(index.shape[1], device=index.device)]
 
 

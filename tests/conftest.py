@@ -7,7 +7,8 @@ import torch
 from diffusers import DDPMScheduler, UNet1DModel, UNet2DModel
 
 from priors import DiffusersPrior, GaussianMixturePrior
-from rtb_inverse.schedules import FlowMatching, VarianceExploding, VariancePreserving
+from rtb_inverse.chains import Prior
+from rtb_inverse.schedules import FlowMatching, VarianceExploding, VariancePreserving, expand
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # tiny tensors: more threads only wait for each other
 
@@ -118,3 +119,15 @@ def assert_mean():
         assert float(z.abs().max()) < limit, f"largest |z| = {float(z.abs().max()):.2f}"
 
     return check
+
+
+class Coarse(Prior):
+    """x_0 ~ N(1, 4 I) with its exact denoiser in a few Gaussian steps of variance "small": a Gaussian chain, but not the exact reversal."""
+
+    def __init__(self, d: int):
+        super().__init__((d,), FlowMatching(), 4, variance="small")
+        self.register_buffer("zero", torch.zeros(1, dtype=torch.float64))
+
+    def denoise(self, x_t, t):
+        alpha, sigma = (expand(c, x_t) for c in self.schedule.alpha_sigma(t))
+        return 1 + 4 * alpha / (4 * alpha**2 + sigma**2) * (x_t - alpha)

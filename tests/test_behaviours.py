@@ -6,14 +6,14 @@ from functools import cache
 
 import pytest
 import torch
+from conftest import Coarse
 
 from priors import GaussianMixturePrior
 from rtb_inverse import behaviours
 from rtb_inverse.behaviours import BEHAVIOURS, ObservationStore, Pool, check_weights, mixture, on_policy, replay, simulated
-from rtb_inverse.chains import Prior, Trajectory, path_log_prob, rollout
+from rtb_inverse.chains import Trajectory, forward_bridge, path_log_prob, rollout
 from rtb_inverse.posterior import Posterior
 from rtb_inverse.problems import GaussianNoise, InverseProblem, Reward
-from rtb_inverse.schedules import FlowMatching, expand
 
 D, K, S = 3, 5, 6
 
@@ -533,29 +533,17 @@ def test_pool_keeps_whole_paths_of_an_inexact_chain(make_prior, generator):
     assert torch.equal(other.states, pool.states) and torch.equal(other.means, pool.means) and torch.equal(other.moments, pool.moments)
 
 
-class Coarse(Prior):
-    """x_0 ~ N(1, 4 I) with its exact denoiser in a few Gaussian steps of variance "small": a Gaussian chain, but not the exact reversal."""
-
-    def __init__(self):
-        super().__init__((6,), FlowMatching(), 4, variance="small")
-        self.register_buffer("zero", torch.zeros(1, dtype=torch.float64))
-
-    def denoise(self, x_t, t):
-        alpha, sigma = (expand(c, x_t) for c in self.schedule.alpha_sigma(t))
-        return 1 + 4 * alpha / (4 * alpha**2 + sigma**2) * (x_t - alpha)
-
-
 def test_bridges_of_an_inexact_chain_are_its_own(generator):
     """x_s of fresh paths less the mean of their bridge says nothing of x_0, and spreads as the bridge says; with the forward process's
     bridge it does. (|z| < 4.5 in nine checks, where pool and fresh paths err alike; a correct bridge fails once in 15,000 seeds.)"""
-    prior, n = Coarse(), 40_000
+    prior, n = Coarse(6), 40_000
     pool = Pool(Posterior(prior, InverseProblem(torch.nn.Flatten(), GaussianNoise(0.5)), width=8), size=n)
     pool.grow(n, generator)
     bridges, _ = pool.bridges(4000, generator)
     fresh = rollout(prior, n, None, generator, keep_means=True)
     x_0, off = fresh.x_0[:, 0], []
     for k in range(4):
-        m, b = fresh.means[k, :, 0], pool._bridge(torch.full((n,), k), fresh.x[k, :, 0], x_0)
+        m, b = fresh.means[k, :, 0], forward_bridge(prior, torch.full((n,), k), fresh.x[k, :, 0], x_0)[0]
         rho, sd = pool.moments[1, k] / pool.moments[0, k], bridges.sd[bridges.k == k][0]
         if k == 3:
             assert float(rho) == pytest.approx(1) and float(sd) < 1e-6

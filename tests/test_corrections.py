@@ -4,11 +4,10 @@ Statistical checks are z-scores, |z| < 4.5 in each of a few (a correct method fa
 
 import pytest
 import torch
+from conftest import Coarse
 
 from priors import GaussianMixturePrior
 from rtb_inverse import GaussianNoise, InverseProblem, Posterior, Reward, corrections, importance, renoise_mcmc, rollout, smc
-from rtb_inverse.chains import Prior
-from rtb_inverse.schedules import FlowMatching, expand
 
 D = torch.float64
 MATRIX, NOISE = torch.tensor([[1.0, -0.5]], dtype=D), 0.5
@@ -23,28 +22,17 @@ def mixture_posterior(start: str = "guided") -> Posterior:
     return posterior
 
 
-class Coarse(Prior):
-    """x_0 ~ N(1, 4 I) with its exact denoiser in a few steps of variance "small": a Gaussian chain, but not the exact reversal."""
-
-    def __init__(self):
-        super().__init__((2,), FlowMatching(), 4, variance="small")
-        self.register_buffer("zero", torch.zeros(1, dtype=D))
-
-    def denoise(self, x_t, t):
-        alpha, sigma = (expand(c, x_t) for c in self.schedule.alpha_sigma(t))
-        return 1 + 4 * alpha / (4 * alpha**2 + sigma**2) * (x_t - alpha)
-
-    def marginal(self) -> tuple[float, float]:
-        """Mean and variance of the chain's own x_0, from its affine steps."""
-        zero, one = torch.zeros((1, 2), dtype=D), torch.ones((1, 2), dtype=D)
-        start = self.initial((1,))
-        mean, variance = float(start.mean[0, 0]), float(start.variance[0, 0])
-        for t, s in zip(self.times[:-1], self.times[1:], strict=True):
-            offset = float(self.transition(zero, t, s).mean[0, 0])
-            step = self.transition(one, t, s)
-            slope = float(step.mean[0, 0]) - offset
-            mean, variance = offset + slope * mean, slope**2 * variance + float(step.variance[0, 0])
-        return mean, variance
+def marginal(prior: Coarse) -> tuple[float, float]:
+    """Mean and variance of the chain's own x_0, from its affine steps."""
+    zero, one = torch.zeros((1, 2), dtype=D), torch.ones((1, 2), dtype=D)
+    start = prior.initial((1,))
+    mean, variance = float(start.mean[0, 0]), float(start.variance[0, 0])
+    for t, s in zip(prior.times[:-1], prior.times[1:], strict=True):
+        offset = float(prior.transition(zero, t, s).mean[0, 0])
+        step = prior.transition(one, t, s)
+        slope = float(step.mean[0, 0]) - offset
+        mean, variance = offset + slope * mean, slope**2 * variance + float(step.variance[0, 0])
+    return mean, variance
 
 
 def z(samples, truth) -> float:
@@ -53,14 +41,14 @@ def z(samples, truth) -> float:
 
 def coarse_truth(prior: Coarse, y: float) -> tuple[float, float]:
     """Posterior mean and variance of each element of x for y = x + noise."""
-    mean, variance = prior.marginal()
+    mean, variance = marginal(prior)
     gain = variance / (variance + NOISE**2)
     return mean + gain * (y - mean), variance * (1 - gain)
 
 
 def coarse_posterior() -> Posterior:
     """Unguided: its tails are as wide as the posterior's, so no chain sticks."""
-    posterior = Posterior(Coarse(), InverseProblem(torch.nn.Identity(), GaussianNoise(NOISE)), "prior", width=16)
+    posterior = Posterior(Coarse(2), InverseProblem(torch.nn.Identity(), GaussianNoise(NOISE)), "prior", width=16)
     with torch.no_grad():
         posterior.log_scale += 0.1
     return posterior
