@@ -30,6 +30,13 @@ def into_basis(x: Tensor, basis: Tensor) -> Tensor:
     return (x @ basis.transpose(0, 1).reshape(d, J * d)).unflatten(-1, (J, d))  # one matrix product
 
 
+def from_basis(z: Tensor, basis: Tensor) -> Tensor:
+    """sum_j Q_j z_j: z (*batch, J, d) to (*batch, d)."""
+    if basis.ndim > 3:
+        return torch.einsum("...jde,...je->...d", basis, z)
+    return z.flatten(-2) @ basis.transpose(1, 2).flatten(0, 1)
+
+
 class GaussianMixture(SeededDistribution):
     """sum_j softmax(logits)_j N(Q_j c_j, Q_j diag(scale_j^2) Q_j^T).
 
@@ -65,10 +72,7 @@ class GaussianMixture(SeededDistribution):
 
     @property
     def mean(self):
-        weighted = self.logits.exp()[..., None] * self.centre
-        if self.basis.ndim > 3:
-            return torch.einsum("...jde,...je->...d", self.basis, weighted)
-        return weighted.flatten(-2) @ self.basis.transpose(1, 2).flatten(0, 1)
+        return from_basis(self.logits.exp()[..., None] * self.centre, self.basis)
 
     @property
     def variance(self):
@@ -163,6 +167,19 @@ class GaussianMixturePrior(Prior):
 
     def denoise(self, x_t, t):
         return self.transition(x_t, t, t.new_tensor(CLEAN)).mean
+
+    def local_covariance(self, x_t, t, rows):
+        """In closed form: the components' own covariances and the spread of their means."""
+        given = self.transition(x_t, t, t.new_tensor(CLEAN))
+        weights, basis = given.logits.exp()[..., None], given.basis
+        centres = given.centre - into_basis(given.mean, basis)
+        along = torch.einsum("...jde,md->...jem", basis, rows)
+        spread = torch.einsum("...je,...jem->...jm", centres, along)
+        columns = []
+        for m in range(len(rows)):
+            own = given.scale**2 * along[..., m] + centres * spread[..., m, None]
+            columns.append(from_basis(weights * own, basis))
+        return torch.stack(columns, -1)
 
     @property
     def error(self) -> DenoiserError:

@@ -119,6 +119,15 @@ class Prior(Chain):
         None where it is not known. Its diagonal is `denoiser_error`."""
         return None
 
+    def local_covariance(self, x_t: Tensor, t: Tensor, rows: Tensor) -> Tensor:
+        """C(x_t) A^T, (*batch, d, m), for C(x_t) = Cov[x_0 | x_t] = (sigma_t^2 / alpha_t) d denoise / d x_t (Tweedie's second formula,
+        exact for an exact denoiser) and A (m, d): m derivatives of the denoiser."""
+        alpha, sigma = self.schedule.alpha_sigma(t)
+        pull = torch.func.vjp(lambda x: self.denoise(x, t), x_t)[1]  # type: ignore[misc]  # three only with has_aux
+        columns = [pull(row.reshape(self.shape).expand(x_t.shape))[0] for row in rows]
+        scaled = expand(sigma**2 / alpha.clamp_min(1e-6), x_t) * torch.stack(columns)
+        return scaled.flatten(x_t.ndim + 1 - len(self.shape)).movedim(0, -1)
+
     def transition(self, x_t, t, s, y=None):
         return self.gaussian_step(x_t, self.denoise(x_t, t), t, s)
 
@@ -142,7 +151,8 @@ class Prior(Chain):
         if update.basis is None:
             scale = (sd2 + gain2 * error * update.shrink).maximum(floor).sqrt()
             return GaussianStep(mean, scale.to(x_t.dtype) * _exp(log_scale), len(self.shape))
-        level = error.flatten(error.ndim - len(self.shape)).mean(-1)  # a rotated covariance needs one error for all elements
+        # a rotated covariance needs one error for all elements
+        level = error.flatten(error.ndim - len(self.shape)).mean(-1) if update.level is None else update.level
         across = (sd**2 + c_0**2 * level).maximum(floor).sqrt()
         along = (sd[..., None] ** 2 + (c_0**2 * level)[..., None] * update.shrink).maximum(floor).sqrt()
         ratio = (along / across[..., None]).to(x_t.dtype)

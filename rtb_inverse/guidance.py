@@ -6,11 +6,15 @@ Take x_0 ~ N(x0hat, r^2) (the denoiser's error) and y = A(x_0) + sigma n. The Ga
 
 and it leaves the variance r^2 sigma^2 / (r^2 s^2 + sigma^2) along a singular vector of J with singular value s. It needs no
 derivative of the network. (The estimate of Song et al. 2023, PiGDM, without its network Jacobian.) Where the whole covariance C_t of
-the error is known, it stands in place of r^2 I: then what is seen moves what is not.
+the error is known, it stands in place of r^2 I: then what is seen moves what is not. Where the prior is cheap, it is that of the very
+state, C(x_t) (Boys et al. 2023, arXiv 2310.06721).
+
+A guide is called in two parts: `at` says once what is known of a state, and `forward` moves any estimate there.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +24,7 @@ from rtb_inverse.problems import GaussianNoise, InverseProblem
 
 DENSE_LIMIT = 2**22  # elements of a matrix that is kept
 COVARIANCE_LIMIT = 2**20  # of a gain that is kept for each of the K times
+LOCAL_LIMIT = 2**12  # of a gain made for each state
 
 
 @dataclass
@@ -30,14 +35,32 @@ class Update:
         delta: (*batch, *shape).
         shrink: factor on the variance: (*batch or ones, *shape); along `basis`, (*batch or ones, m); None where it is not known.
         basis: (d, m), orthonormal; None where the variance shrinks element by element.
+        level: the variance across the basis, (*batch or ones); None: the mean of the denoiser's error r_t^2.
     """
 
     delta: Tensor
     shrink: Tensor | None = None
     basis: Tensor | None = None
+    level: Tensor | None = None
 
 
-class MaskGuidance(nn.Module):
+class Guide(nn.Module):
+    """Moves an estimate of x_0 by y."""
+
+    def at(self, x_t: Tensor, t: Tensor) -> Any:
+        """What `forward` has to know of a state besides the error r_t^2."""
+        return None
+
+    def forward(self, x_0: Tensor, y: Tensor, error: Tensor, at: Any = None) -> Update:
+        """
+        Args:
+            x_0: the estimate, (*batch, *shape), the last axis of the batch that of y (B, *y_shape).
+            error: r_t^2, (*batch or ones, *shape). at: what `at` gave.
+        """
+        raise NotImplementedError
+
+
+class MaskGuidance(Guide):
     """The operator picks elements of x: the update is exact element by element."""
 
     mask: Tensor
@@ -50,7 +73,7 @@ class MaskGuidance(nn.Module):
         std[problem.mask] = problem.noise.std
         self.register_buffer("noise_variance", std.double() ** 2, persistent=False)
 
-    def forward(self, x_0: Tensor, y: Tensor, error: Tensor) -> Update:
+    def forward(self, x_0, y, error, at=None):
         gain = torch.where(self.mask, error / (error + self.noise_variance), torch.zeros_like(error))
         image = y.new_zeros((len(y), *self.mask.shape))
         image[:, self.mask] = y
@@ -68,7 +91,14 @@ def affine(problem: InverseProblem) -> tuple[Tensor, Tensor]:
         return torch.cat([problem(part).reshape(len(part), -1) - offset for part in columns.split(256)]).T, offset
 
 
-class DenseGuidance(nn.Module):
+def seen_directions(problem: InverseProblem, matrix: Tensor, std: Tensor) -> Tensor | None:
+    """Singular vectors of the whitened matrix, (d, m), float64; None where it picks elements of x."""
+    if problem.mask is not None:
+        return None
+    return torch.linalg.svd(matrix.double() / std.double()[:, None], full_matrices=False)[2].T.contiguous()
+
+
+class DenseGuidance(Guide):
     """A small affine operator: the update is exact by the singular value decomposition of its whitened matrix.
     The errors of the elements are averaged to one level."""
 
@@ -88,7 +118,7 @@ class DenseGuidance(nn.Module):
         self.register_buffer("whiten", (U.T / std).to(matrix.dtype), persistent=False)  # y to U^T y / sigma
         self.register_buffer("offset", offset, persistent=False)
 
-    def forward(self, x_0: Tensor, y: Tensor, error: Tensor) -> Update:
+    def forward(self, x_0, y, error, at=None):
         level = error.flatten(error.ndim - self.event_dim).mean(-1, keepdim=True)
         shrink = 1 / (level * self.singular**2 + 1)
         basis, whiten, offset = (c.to(x_0.dtype) for c in (self.basis, self.whiten, self.offset))
@@ -97,7 +127,7 @@ class DenseGuidance(nn.Module):
         return Update((move @ basis.T).reshape(x_0.shape), shrink, basis)
 
 
-class CovarianceGuidance(nn.Module):
+class CovarianceGuidance(Guide):
     """A small affine operator and a known covariance C_t of the denoiser's error: the gain is C_t A^T (A C_t A^T + sigma^2)^{-1}. The
     variance shrinks element by element where A picks elements, else along the singular vectors of the whitened A.
 
@@ -115,13 +145,14 @@ class CovarianceGuidance(nn.Module):
         super().__init__()
         matrix, offset = affine(problem)
         std = problem.noise.std.expand(problem.y_shape).flatten().double()
-        basis = None
-        if problem.mask is None:
-            basis = torch.linalg.svd(matrix.double() / std[:, None], full_matrices=False)[2].T.contiguous()
+        basis = seen_directions(problem, matrix, std)
         for name, value in {"matrix": matrix, "offset": offset, "noise_variance": std**2 / beta, "basis": basis}.items():
             self.register_buffer(name, value, persistent=False)
         self.event_dim, self.covariance = len(problem.shape), covariance
         self._known: dict[float, tuple[Tensor, Tensor]] = {}
+
+    def at(self, x_t, t):
+        return t
 
     def gain(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """At one time: the gain (d, m), and what is left of the variance, relative to the mean of C_t's diagonal along the basis (m,),
@@ -139,10 +170,10 @@ class CovarianceGuidance(nn.Module):
             self._known[float(t)] = gain.to(self.matrix.dtype), shrink.clamp_min(1e-9)
         return self._known[float(t)]
 
-    def forward(self, x_0: Tensor, y: Tensor, t: Tensor) -> Update:
+    def forward(self, x_0, y, error, at=None):
         matrix, offset = (c.to(x_0.device, x_0.dtype) for c in (self.matrix, self.offset))
         residual = y.flatten(1) - offset - x_0.flatten(x_0.ndim - self.event_dim) @ matrix.T
-        times, which = t.unique(return_inverse=True)
+        times, which = at.unique(return_inverse=True)
         known = [self.gain(time) for time in times]
         gains, shrinks = [gain.to(x_0.device, x_0.dtype) for gain, _ in known], [shrink for _, shrink in known]
         delta, rows = x_0.new_empty((*residual.shape[:-1], matrix.shape[1])), which.expand(residual.shape[:-1])
@@ -154,10 +185,43 @@ class CovarianceGuidance(nn.Module):
         shrink = torch.stack(shrinks).to(x_0.device)[which]
         if self.basis is not None:
             return Update(delta.reshape(x_0.shape), shrink, self.basis.to(x_0.device, x_0.dtype))
-        return Update(delta.reshape(x_0.shape), shrink.reshape(*t.shape, *x_0.shape[x_0.ndim - self.event_dim :]))
+        return Update(delta.reshape(x_0.shape), shrink.reshape(*at.shape, *x_0.shape[x_0.ndim - self.event_dim :]))
 
 
-class GradientGuidance(nn.Module):
+class LocalGuidance(Guide):
+    """A small affine operator and a prior whose covariance C(x_t) = Cov[x_0 | x_t] is cheap: exact where x_0 given x_t is Gaussian.
+
+    Args:
+        covariance: (x_t, t, A (m, d)) to C(x_t) A^T, (*batch, d, m).
+    """
+
+    matrix: Tensor
+    offset: Tensor
+    noise_variance: Tensor
+    basis: Tensor | None
+
+    def __init__(self, problem: InverseProblem, covariance: Callable[[Tensor, Tensor, Tensor], Tensor], beta: float = 1.0):
+        super().__init__()
+        matrix, offset = affine(problem)
+        std = problem.noise.std.expand(problem.y_shape).flatten()
+        basis = seen_directions(problem, matrix, std)
+        for name, value in {"matrix": matrix, "offset": offset, "noise_variance": std**2 / beta, "basis": basis}.items():
+            self.register_buffer(name, value, persistent=False)
+        self.event_dim, self.covariance = len(problem.shape), covariance
+
+    def at(self, x_t, t):
+        """The gain C A^T (A C A^T + sigma^2)^{-1}, (*batch, d, m)."""
+        A = self.matrix.to(x_t.dtype)
+        CA = self.covariance(x_t, t, A)
+        S = A @ CA + torch.diag(self.noise_variance.to(x_t.dtype))
+        return torch.linalg.solve(S, CA, left=False)
+
+    def forward(self, x_0, y, error, at=None):
+        residual = y.flatten(1) - self.offset - x_0.flatten(x_0.ndim - self.event_dim) @ self.matrix.to(x_0.dtype).T
+        return Update((at @ residual[..., None])[..., 0].reshape(x_0.shape))
+
+
+class GradientGuidance(Guide):
     """Any differentiable operator: the update by a few steps of conjugate gradients on
     (r^-2 + J^T J / sigma^2) delta = J^T (y - A) / sigma^2, with products by J and J^T only. One step is the likelihood's gradient with
     the best step size of the linearised problem.
@@ -177,7 +241,7 @@ class GradientGuidance(nn.Module):
         self.event_dim = len(problem.shape) if event_dim is None else event_dim
         self.register_buffer("noise_std", problem.noise.std, persistent=False)
 
-    def forward(self, x_0: Tensor, y: Tensor, error: Tensor) -> Update:
+    def forward(self, x_0, y, error, at=None):
         shape = x_0.shape
         batch, event = shape[: x_0.ndim - self.event_dim], shape[x_0.ndim - self.event_dim :]
         r = error.sqrt().to(x_0.dtype).expand(shape).reshape(-1, *event)
@@ -216,7 +280,7 @@ def conjugate_gradients(matrix: Callable[[Tensor], Tensor], b: Tensor, iteration
     return x
 
 
-def guidance(problem: InverseProblem, decode: Callable[[Tensor], Tensor] | None = None, event_dim: int | None = None) -> nn.Module | None:
+def guidance(problem: InverseProblem, decode: Callable[[Tensor], Tensor] | None = None, event_dim: int | None = None) -> Guide | None:
     """The best Gaussian update that the problem allows; None for a reward, another noise than Gaussian, or an operator without gradients.
 
     Args:
@@ -236,11 +300,13 @@ def guidance(problem: InverseProblem, decode: Callable[[Tensor], Tensor] | None 
     return GradientGuidance(problem, problem, iterations=5, clip=None)
 
 
-def covariance_guidance(problem: InverseProblem, prior: Prior, beta: float) -> CovarianceGuidance | None:
-    """Where the operator is affine and small and the prior knows the covariance of its error; else None."""
-    small = problem.shape.numel() * problem.y_shape.numel() <= COVARIANCE_LIMIT
-    if prior.decodes or not isinstance(problem.noise, GaussianNoise) or not problem.linear or not small:
+def covariance_guidance(problem: InverseProblem, prior: Prior, beta: float) -> Guide | None:
+    """Where the operator is affine and small and the prior knows the covariance of its error, at each state or on average; else None."""
+    if prior.decodes or not isinstance(problem.noise, GaussianNoise) or not problem.linear:
         return None
-    if prior.denoiser_covariance(prior.times[0]) is None:
+    size = problem.shape.numel() * problem.y_shape.numel()
+    if prior.exact_reversal and size <= LOCAL_LIMIT:
+        return LocalGuidance(problem, prior.local_covariance, beta)
+    if size > COVARIANCE_LIMIT or prior.denoiser_covariance(prior.times[0]) is None:
         return None
     return CovarianceGuidance(problem, prior.denoiser_covariance, beta)

@@ -9,10 +9,12 @@ from torch import Generator, Tensor, nn
 from rtb_inverse import checkpoints
 from rtb_inverse.chains import Chain, Prior, rollout
 from rtb_inverse.checks import check_choice, check_count, check_positive
-from rtb_inverse.guidance import Update, covariance_guidance, guidance
+from rtb_inverse.guidance import Guide, Update, covariance_guidance, guidance
 from rtb_inverse.networks import ConditionalUNet, LogZ, ResidualMLP, gaussian_error
 from rtb_inverse.particles import Particles
 from rtb_inverse.problems import InverseProblem, Reward
+from rtb_inverse.references import References
+from rtb_inverse.schedules import expand
 
 
 class Posterior(Chain):
@@ -38,7 +40,7 @@ class Posterior(Chain):
         ValueError: prior and problem of different shapes; start="guided" where the operator does not allow it.
     """
 
-    guide: nn.Module | None
+    guide: Guide | None
     network: Any  # a module with `estimate` and `forward`
 
     def __init__(
@@ -53,11 +55,15 @@ class Posterior(Chain):
         self.prior = prior.requires_grad_(False)
         self.problem = problem.bind(prior.data_shape)
         self.beta = check_positive("beta", beta)
-        self.guide = guidance(problem, prior.decode if prior.decodes else None, len(prior.shape))
-        self.covariance_guide = covariance_guidance(problem, prior, beta)
-        self.start = check_choice("start", start or ("guided" if self.guide is not None else "prior"), ("guided", "prior"))
-        if self.start == "guided" and self.guide is None:
-            raise ValueError("start='guided' needs a differentiable operator and Gaussian noise; expected start='prior' here")
+        self.guide = covariance_guidance(problem, prior, beta) or guidance(
+            problem, prior.decode if prior.decodes else None, len(prior.shape)
+        )
+        references = prior.exact_reversal and self.amortised
+        can_guide = self.guide is not None or references
+        self.start = check_choice("start", start or ("guided" if can_guide else "prior"), ("guided", "prior"))
+        if self.start == "guided" and not can_guide:
+            needs = "a differentiable operator and Gaussian noise, or a prior of exact draws"
+            raise ValueError(f"start='guided' needs {needs}; expected start='prior' here")
         self.lora_rank, self.width = lora_rank, width
         options = prior._options()
         self.gate = nn.Parameter(torch.ones(prior.steps, **options))
@@ -67,6 +73,7 @@ class Posterior(Chain):
             torch.manual_seed(0)
             self.network = (network or self._network(condition)).to(**options)
             self.log_z = LogZ(0 if condition is None else condition[0].numel()).to(**options)
+        self.references = self._measured_references() if self.start == "guided" and references else None
         if self.start == "guided" and self._input_gate is not None:
             with torch.no_grad():
                 t = self.times[:-1].flip(0)  # step_index 0 is the last step
@@ -94,6 +101,21 @@ class Posterior(Chain):
             y = self.problem.condition(self.problem.simulate(self.prior.decode(x), generator))
         y_std = y.std(0) if self.amortised else y[0]
         return ResidualMLP(x.mean(0), x.std(0) + 1e-6, y.mean(0), y_std + 1e-6, self.width)
+
+    def _measured_references(self) -> References:
+        def guided(x_t, t, y):
+            first, error = self.prior.denoise(x_t, t), self.beta * self.error(t)
+            return first if self.guide is None else first + self.guide(first, y, error, self.guide.at(x_t, t)).delta
+
+        def simulate(x_0, generator):
+            return self.problem.simulate(self.prior.decode(x_0), generator)
+
+        references = References(self.prior, getattr(self.guide, "basis", None))
+        return references.measure(self.prior, guided, simulate, lambda y: self._likelihood_of(references, y))
+
+    def _likelihood_of(self, references: References, y: Tensor) -> Tensor:
+        """(M, B)."""
+        return self.beta * self.problem.log_likelihood(references.data[:, None], y)
 
     def train(self, mode: bool = True) -> "Posterior":
         return super().train(False)  # a density must not depend on dropout
@@ -127,31 +149,41 @@ class Posterior(Chain):
         error = self.prior.denoiser_error(t)
         return gaussian_error(self.prior, t) if error is None else error
 
-    def update(self, x_0: Tensor, y: Tensor, t: Tensor, error: Tensor) -> Update:
-        """The Gaussian update of an estimate of x_0 whose error has the prior's covariance, where that is known, else the variance
-        `error`. p(y | x)^beta has noise variance sigma^2 / beta: to the update, that is beta times the error."""
-        if self.covariance_guide is not None:
-            return self.covariance_guide(x_0, y, t)
-        return self.guide(x_0, y, error if self.beta == 1 else self.beta * error)
-
     def denoise(self, x_t: Tensor, t: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | float, Update | None]:
         """The estimate of x_0 given y, the log-scale of the step, and the update that y made."""
         t = t.to(x_t.device)
+        k, guide = self.step_index(t), self.guide
         with torch.no_grad():
             condition = x_t.new_zeros((x_t.shape[-1 - len(self.shape)], 0, *self.shape[1:])) if y is None else self.problem.condition(y)
-            x_0, error = self.network.estimate(self.prior, x_t, t)
-            move = None
-            if self.guide is not None and y is not None:
-                move = self.update(x_0, y, t, error).delta / error.sqrt().to(x_t.dtype)
-        x_0, log_scale = self.network(self.prior, x_t, t, condition, move, x_0)
-        index = self.step_index(t)
-        log_scale = log_scale + self.log_scale[index].reshape(index.shape + (1,) * len(self.shape))
-        if self.start == "prior" or y is None:
+            first, error = self.network.estimate(self.prior, x_t, t)
+            at = reference = move = None
+            if guide is not None and y is not None:
+                at = guide.at(x_t, t)
+                move = guide(first, y, self.beta * error, at).delta
+            if self.references is not None and y is not None:
+                share = expand(self.references.share[k], x_t).expand_as(x_t)
+                reference = self._reference(x_t, t, y, self.references.share[k] > 0)
+                move = torch.zeros_like(first) if move is None else move
+                move = torch.lerp(move, reference - first, share)
+            move = None if move is None else move / error.sqrt().to(x_t.dtype)
+        x_0, log_scale = self.network(self.prior, x_t, t, condition, move, first)
+        log_scale = log_scale + expand(self.log_scale[k], x_0)
+        if self.start == "prior" or move is None:
             return x_0, log_scale, None
-        update = self.update(x_0, y, t, self.error(t))
-        x_0 = x_0 + self.gate[index].reshape(index.shape + (1,) * len(self.shape)) * update.delta
+        update = Update(torch.zeros_like(x_0))
+        if guide is not None:
+            update = guide(x_0, y, self.beta * self.error(t), at)
+        estimate = x_0 + expand(self.gate[k], x_0) * update.delta
+        if reference is not None:
+            estimate = torch.lerp(estimate, reference + x_0 - first, share)
+            update = self.references.left(k, update.delta)
         clip = self.schedule.clip_sample
-        return (x_0 if clip is None else x_0.clamp(-clip, clip)), log_scale, update
+        return (estimate if clip is None else estimate.clamp(-clip, clip)), log_scale, update
+
+    def _reference(self, x_t: Tensor, t: Tensor, y: Tensor, wanted: Tensor) -> Tensor:
+        if not wanted.any():
+            return torch.zeros_like(x_t)
+        return self.references(x_t, t, self._likelihood_of(self.references, y), wanted)
 
     def transition(self, x_t, t, s, y=None):
         t, s = t.to(x_t.device), s.to(x_t.device)

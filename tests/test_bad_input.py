@@ -10,6 +10,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from conftest import Coarse
 from diffusers import DDPMScheduler
 
 from priors import DiffusersPrior, GaussianMixturePrior
@@ -65,7 +66,7 @@ def overflowing(x):
 
 
 def score_far_out():
-    posterior = Posterior(PRIOR, InverseProblem(overflowing, GaussianNoise(0.5)), width=8)
+    posterior = Posterior(PRIOR, InverseProblem(overflowing, GaussianNoise(0.5)), start="prior", width=8)
     paths = rollout(posterior, 2, torch.zeros((1, 3), dtype=torch.float64), torch.Generator().manual_seed(0))
     paths.x[-1, 0, 0, 0] = 99.0
     return score(posterior, paths)
@@ -177,9 +178,9 @@ CASES = {
     "prior and problem swapped": (lambda: Posterior(linear(), PRIOR), TypeError, "prior must be a Prior, got InverseProblem"),
     "problem missing": (lambda: Posterior(PRIOR, A), TypeError, "problem must be an InverseProblem, got Tensor"),
     "guided without a gradient": (
-        lambda: problem(lambda x: x.detach(), start="guided"),
+        lambda: Posterior(Coarse(3), InverseProblem(lambda x: x.detach(), GaussianNoise(0.1)), start="guided"),
         ValueError,
-        "start='guided' needs a differentiable operator and Gaussian noise; expected start='prior'",
+        "start='guided' needs a differentiable operator and Gaussian noise, or a prior of exact draws; expected start='prior'",
     ),
     "unknown start": (lambda: problem(A, start="warm"), ValueError, "start must be one of guided, prior, got 'warm'"),
     "beta 0": (lambda: Posterior(PRIOR, linear(), beta=0.0), ValueError, "beta must be a finite number above 0, got 0.0"),

@@ -118,14 +118,14 @@ def test_covariance_guidance_is_the_textbook(kind, beta, generator):
     guide = CovarianceGuidance(problem, lambda t: covariances[float(t)], beta)
     x_0, y = torch.randn((6, 3, d), generator=generator, dtype=D), torch.randn((3, 2), generator=generator, dtype=D)
     t = times[torch.tensor([0, 1, 1, 0, 1, 0])][:, None]
-    update = guide(x_0, y, t)
+    update = guide(x_0, y, None, t)
     for i in range(6):
         C = covariances[float(t[i])]
         precision = torch.linalg.inv(C) + beta * A.T @ torch.diag(problem.noise.std**-2) @ A
         left = torch.linalg.inv(precision)
         delta = (beta * (y - x_0[i] @ A.T) / problem.noise.std**2) @ A @ left
         torch.testing.assert_close(update.delta[i], delta)
-        alone = guide(x_0[i], y, t[i, 0])
+        alone = guide(x_0[i], y, None, t[i, 0])
         torch.testing.assert_close(alone.delta, update.delta[i])
         torch.testing.assert_close(alone.shrink, update.shrink[i, 0])
         if kind == "mask":
@@ -153,6 +153,6 @@ def test_an_element_that_never_varies_is_left_alone(generator):
     covariance = torch.diag(torch.tensor([0.5, 0.0], dtype=D))
     guide = CovarianceGuidance(masked(torch.tensor([True, True]), torch.tensor(0.3, dtype=D)), lambda t: covariance)
     x_0, y = torch.zeros((4, 1, 2), dtype=D), torch.ones((1, 2), dtype=D)
-    update = guide(x_0, y, torch.tensor(0.5))
+    update = guide(x_0, y, None, torch.tensor(0.5))
     torch.testing.assert_close(update.delta[0, 0], torch.tensor([0.5 / 0.59, 0.0], dtype=D))
     assert bool(torch.isfinite(update.shrink).all())

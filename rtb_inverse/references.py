@@ -1,0 +1,113 @@
+r"""A start for priors that are cheap to draw from: E[x_0 | x_t, y] over a fixed set of the prior's own draws x_i,
+
+    sum_i w_i x_i,      w_i ~ N(x_t; alpha_t x_i, sigma_t^2) p(y | x_i)^beta.
+
+Where x_t is noisy and x_0 is not yet decided among far modes, no Gaussian update knows which of them y allows; these weights do, for any
+likelihood. Where x_t is clean the set is too coarse, and the Gaussian update is right. A share w_t for each time joins the two,
+
+    x0hat + w_t (x_ref - x0hat),      w_t = <x_0 - x0hat, x_ref - x0hat> / |x_ref - x0hat|^2,
+
+measured on pairs (x_0, y) of the joint distribution, and so is what is left of the error.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from rtb_inverse.chains import Prior
+from rtb_inverse.guidance import Update
+
+SIZE = 2048
+PAIRS = 512
+CHUNK = 4096  # states at once
+
+
+class References(nn.Module):
+    """
+    Args:
+        prior: exact draws of it are cheap.
+        basis: (d, m) or None: in which directions what is left of the error is measured (`guidance.Update`).
+        size: how many draws, M.
+
+    Attributes:
+        x: the draws, (M, *shape); data: in data space.
+        share: w_t of the K steps, the last step first, (K,).
+        shrink, level: what is left of the variance there (`guidance.Update`).
+    """
+
+    x: Tensor
+    decoded: Tensor | None
+    share: Tensor
+    shrink: Tensor
+    level: Tensor
+    basis: Tensor | None
+
+    def __init__(self, prior: Prior, basis: Tensor | None = None, size: int = SIZE):
+        super().__init__()
+        self.schedule, self.shape = prior.schedule, prior.shape
+        K, options = prior.steps, prior._options()
+        self.register_buffer("x", prior.sample(size, torch.Generator(options["device"]).manual_seed(0)))
+        self.register_buffer("decoded", prior.decode(self.x) if prior.decodes else None, persistent=False)
+        self.register_buffer("basis", basis, persistent=False)
+        self.register_buffer("share", torch.zeros(K, **options))
+        self.register_buffer("level", torch.zeros(K, dtype=torch.float64, device=options["device"]))
+        self.register_buffer("shrink", torch.zeros((K, *((basis.shape[1],) if basis is not None else prior.shape))).to(self.level))
+
+    @property
+    def data(self) -> Tensor:
+        return self.x if self.decoded is None else self.decoded
+
+    def forward(self, x_t: Tensor, t: Tensor, log_likelihood: Tensor, wanted: Tensor) -> Tensor:
+        """x_ref, (*batch, *shape), where `wanted` (broadcastable to the batch), else 0.
+
+        Args:
+            log_likelihood: beta log p(y | x_i), (M, B), B the last axis of the batch.
+        """
+        x, batch = self.x.flatten(1), x_t.shape[: x_t.ndim - len(self.shape)]
+        states, half, log_likelihood = x_t.reshape(-1, x.shape[1]), 0.5 * x.square().sum(1), log_likelihood.T
+        alpha, sigma = (c.to(x_t).expand(batch).reshape(-1, 1) for c in self.schedule.alpha_sigma(t))
+        mean = torch.zeros_like(states)
+        for part in wanted.expand(batch).reshape(-1).nonzero()[:, 0].split(CHUNK):
+            scale = alpha[part] / sigma[part] ** 2
+            log_w = scale * states[part] @ x.T - scale * alpha[part] * half + log_likelihood[part % batch[-1]]
+            mean[part] = log_w.softmax(1) @ x
+        return mean.reshape(x_t.shape)
+
+    @torch.no_grad()
+    def measure(self, prior: Prior, guided: Callable, simulate: Callable, log_likelihood: Callable) -> "References":
+        """Set the shares and what is left of the error; returns itself.
+
+        Args:
+            guided: (x_t, t, y) to the estimate x0hat without references.
+            simulate: (x_0, generator) to y.
+            log_likelihood: y to that of the draws, (M, B).
+        """
+        generator = torch.Generator(self.x.device).manual_seed(1)
+        x_0 = prior.sample(PAIRS, generator)
+        y = simulate(x_0, generator)
+        log_lik = log_likelihood(y)
+        for k, t in enumerate(prior.times[:-1].flip(0)):
+            noise = torch.randn(x_0.shape, generator=generator, device=x_0.device, dtype=x_0.dtype)
+            x_t = prior.schedule.add_noise(x_0, noise, t)
+            estimate = guided(x_t, t, y)
+            move = self(x_t, t, log_lik, torch.ones_like(t, dtype=torch.bool)) - estimate
+            gain, square = ((x_0 - estimate) * move).flatten(1).sum(1), move.square().flatten(1).sum(1)
+            clear = gain.mean() > 3 * gain.std() / len(gain) ** 0.5
+            self.share[k] = (gain.sum() / square.sum()).clamp_max(1) if clear else 0.0
+            error = (x_0 - estimate - self.share[k] * move).double()
+            if self.basis is None:
+                known = prior.denoiser_error(t)
+                self.shrink[k] = error.square().mean(0) / known
+            else:
+                flat = error.flatten(1)
+                along = (flat @ self.basis.double()).square().mean(0)
+                across = (flat.square().sum(1).mean() - along.sum()) / max(1, flat.shape[1] - len(along))
+                self.level[k], self.shrink[k] = across, along / across
+        return self
+
+    def left(self, k: Tensor, delta: Tensor) -> Update:
+        """`delta`, and what is left of the variance at steps k."""
+        if self.basis is None:
+            return Update(delta, self.shrink[k])
+        return Update(delta, self.shrink[k], self.basis.to(delta), self.level[k])
