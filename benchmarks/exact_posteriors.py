@@ -24,12 +24,15 @@ from rtb_inverse import GaussianNoise, InverseProblem, Posterior, fit, importanc
 from rtb_inverse.chains import Prior
 from rtb_inverse.diagnostics import Estimate, effective_sample_size, sliced_wasserstein
 
-METHODS = {
-    "untrained": None,
-    "warm start": {"warm_start": 1.0},
-    "warm start, then RTB": {"warm_start": 0.8},
-    "RTB alone": {"warm_start": 0.0, "behaviours": {"on_policy": 1.0}, "lr_rtb": 1e-3},
-    "RTB alone with backtracking": {"warm_start": 0.0, "behaviours": {"on_policy": 0.5, "replay": 0.25, "simulated": 0.25}, "lr_rtb": 1e-3},
+BACKTRACKING = {"on_policy": 0.5, "replay": 0.25, "simulated": 0.25}
+METHODS = {  # start, and options of `fit`; None: not trained
+    "untrained": ("guided", None),
+    "warm start": ("guided", {"warm_start": 1.0}),
+    "warm start, then RTB": ("guided", {"warm_start": 0.8}),
+    "RTB alone": ("guided", {"warm_start": 0.0, "behaviours": {"on_policy": 1.0}, "lr_rtb": 1e-3}),
+    "RTB alone with backtracking": ("guided", {"warm_start": 0.0, "behaviours": BACKTRACKING, "lr_rtb": 1e-3}),
+    "from the prior, RTB alone": ("prior", {"warm_start": 0.0, "behaviours": {"on_policy": 1.0}, "lr_rtb": 1e-3}),
+    "from the prior, RTB alone with backtracking": ("prior", {"warm_start": 0.0, "behaviours": BACKTRACKING, "lr_rtb": 1e-3}),
 }
 COMMON = {"states": 1024, "observations": 16, "draws": 16, "chunk_size": None}
 
@@ -120,7 +123,11 @@ def make_problem(name: str, steps: int = 40) -> Problem:
 
 def train(problem: Problem, method: str, seconds: float, seed: int) -> tuple[Posterior, float, int]:
     """Train for about that many CPU-seconds: the speed of each phase is measured on a few steps first."""
-    options, fresh = METHODS[method], lambda: Posterior(problem.prior, problem.problem)
+    start_at, options = METHODS[method]
+
+    def fresh() -> Posterior:
+        return Posterior(problem.prior, problem.problem, start=start_at)
+
     if options is None:
         return fresh(), 0.0, 0
     trial = 20
@@ -196,7 +203,7 @@ def main() -> None:
         problem = make_problem(name)
         reference = Reference.of(problem, args.observations, n=2048, floor_n=1024)
         for method in args.methods:
-            for seed in range(1 if METHODS[method] is None else args.seeds):
+            for seed in range(1 if METHODS[method][1] is None else args.seeds):
                 posterior, seconds, steps = train(problem, method, args.seconds, seed)
                 row = judge(posterior, reference, n=2048)
                 cells = [name, method, seed, row["distance"], f"{row['median distance']:.2f}", row["ess"], row["oracle ess"]]

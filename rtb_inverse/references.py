@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from rtb_inverse.chains import Prior
 from rtb_inverse.guidance import Update
 
-SIZE = 2048
+SIZE = 8192
 PAIRS = 512
 CHUNK = 4096  # states at once
 
