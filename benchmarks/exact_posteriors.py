@@ -34,7 +34,7 @@ METHODS = {  # start, and options of `fit`; None: not trained
     "from the prior, RTB alone": ("prior", {"warm_start": 0.0, "behaviours": {"on_policy": 1.0}, "lr_rtb": 1e-3}),
     "from the prior, RTB alone with backtracking": ("prior", {"warm_start": 0.0, "behaviours": BACKTRACKING, "lr_rtb": 1e-3}),
 }
-COMMON = {"states": 1024, "observations": 16, "draws": 16, "chunk_size": None}
+COMMON = {"lr": 1e-3, "states": 1024, "observations": 16, "draws": 16, "chunk_size": None}
 
 
 class Oracle(Prior):

@@ -86,8 +86,8 @@ class GaussianMixturePrior(Prior):
 
     Args:
         weights: (*batch, J), > 0; normalised here. means: (*batch, J, d). covariances: (*batch, J, d, d) or (J, d, d), positive definite.
-        schedule: by default the variance-preserving cosine schedule. (A mixture of far modes decides among them at high noise, where this
-            one has few steps and the scaled linear schedule many: better for exact denoisers, in 40-D not yet for learned ones.)
+        schedule: by default the variance-preserving scaled linear one, which has many steps at the high noise where a mixture of far modes
+            decides among them, rescaled to end in pure noise.
         steps: K.
 
     A leading batch (as `posterior` makes for several observations) must match the last batch axes of the states.
@@ -107,7 +107,8 @@ class GaussianMixturePrior(Prior):
         variance: str = "analytic", min_std: float = 1e-3,
     ):  # fmt: skip
         if schedule is None:
-            schedule = VariancePreserving(beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing", prediction_type="sample")
+            options = {"timestep_spacing": "trailing", "prediction_type": "sample", "rescale_betas_zero_snr": True}
+            schedule = VariancePreserving(beta_schedule="scaled_linear", **options)
         if means.ndim < 2 or weights.shape != means.shape[:-1]:
             raise ValueError(
                 f"weights must have shape (*batch, J) and means (*batch, J, d), got {tuple(weights.shape)} and {tuple(means.shape)}"

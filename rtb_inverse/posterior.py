@@ -22,6 +22,7 @@ class Posterior(Chain):
 
         x0hat  <- network(x_t, t, condition(y), data residual)
         x0hat  <- x0hat + gate_t * (Gaussian update of x0hat by y under the denoiser's error r_t^2)      (start="guided")
+                  (joined with E[x_0 | x_t, y] over a set of the prior's draws, where these are cheap: `References`)
         scales <- prior's step, shrunk by what y tells, times exp(log_scale)
 
     gate_t starts at 1, log_scale at 0, all added inputs of the network at 0: so the chain starts at the prior, or guided. A U-Net's own
@@ -173,10 +174,9 @@ class Posterior(Chain):
         update = Update(torch.zeros_like(x_0))
         if guide is not None:
             update = guide(x_0, y, self.beta * self.error(t), at)
-        estimate = x_0 + expand(self.gate[k], x_0) * update.delta
         if reference is not None:
-            estimate = torch.lerp(estimate, reference + x_0 - first, share)
-            update = self.references.left(k, update.delta)
+            update = self.references.left(k, torch.lerp(update.delta, reference - first, share))
+        estimate = x_0 + expand(self.gate[k], x_0) * update.delta
         clip = self.schedule.clip_sample
         return (estimate if clip is None else estimate.clamp(-clip, clip)), log_scale, update
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from rtb_inverse.chains import Prior
 from rtb_inverse.guidance import Update
 
-SIZE = 8192
+SIZES = 2048, 8192  # fewest and most draws; 256 for each element of x between
 PAIRS = 512
 CHUNK = 4096  # states at once
 
@@ -28,7 +28,7 @@ class References(nn.Module):
     Args:
         prior: exact draws of it are cheap.
         basis: (d, m) or None: in which directions what is left of the error is measured (`guidance.Update`).
-        size: how many draws, M.
+        size: how many draws, M; by default more for larger x.
 
     Attributes:
         x: the draws, (M, *shape); data: in data space.
@@ -43,8 +43,9 @@ class References(nn.Module):
     level: Tensor
     basis: Tensor | None
 
-    def __init__(self, prior: Prior, basis: Tensor | None = None, size: int = SIZE):
+    def __init__(self, prior: Prior, basis: Tensor | None = None, size: int | None = None):
         super().__init__()
+        size = min(max(256 * prior.shape.numel(), SIZES[0]), SIZES[1]) if size is None else size
         self.schedule, self.shape = prior.schedule, prior.shape
         K, options = prior.steps, prior._options()
         self.register_buffer("x", prior.sample(size, torch.Generator(options["device"]).manual_seed(0)))
