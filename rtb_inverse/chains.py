@@ -192,8 +192,8 @@ class Trajectory:
         x: states, (K + 1, N, B, *shape), x[0] = x_T, x[K] = x_0.
         times: (K + 1,), decreasing.
         y: observations, (B, *y_shape), or None.
-        log_prob: (n, B), n <= N, log density of the first n paths under the chain that `rollout` drew them with; None where no
-            chain drew a whole path.
+        log_prob: (n, B), n <= N, log density of the first n paths under the chain that `rollout` drew them with, given the start where
+            it was given one; None where no chain drew the paths.
         means: of the steps that drew the states, (K, N, B, *shape), where `rollout` was asked to keep them.
     """
 
@@ -247,7 +247,7 @@ def rollout(
     times = chain.times if level is None else chain.times[chain.steps - check_count("level", level) :]
     initial = chain.initial((n, b))
     x = draw(initial, generator) if start is None else start
-    states, means, log_prob = [x], [], initial.log_prob(x)
+    states, means, log_prob = [x], [], initial.log_prob(x) if start is None else x.new_zeros((n, b))
     for t, s in tqdm(pairwise(times), "denoising", total=len(times) - 1, disable=not progress, leave=False):
         step = chain.transition(x, t, s, y)
         x = draw(step, generator)
@@ -257,7 +257,7 @@ def rollout(
         log_prob = log_prob + step.log_prob(x)
         states.append(x)
         means += [step.mean] if keep_means else []
-    return Trajectory(torch.stack(states), times, y, log_prob if start is None else None, torch.stack(means) if keep_means else None)
+    return Trajectory(torch.stack(states), times, y, log_prob, torch.stack(means) if keep_means else None)
 
 
 @torch.no_grad()

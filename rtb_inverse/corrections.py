@@ -1,5 +1,7 @@
 """Corrections that use the exact path weights."""
 
+import math
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -8,7 +10,7 @@ from tqdm.auto import tqdm
 
 from rtb_inverse.chains import Chain, Prior, Trajectory, initial_log_prob, path_log_prob, renoise, rollout
 from rtb_inverse.checks import check_choice, check_count, check_finite
-from rtb_inverse.diagnostics import effective_sample_size, log_mean_weight
+from rtb_inverse.diagnostics import effective_draws, effective_sample_size, log_mean_weight, pareto_smooth, split_r_hat
 from rtb_inverse.distributions import GaussianStep, draw
 from rtb_inverse.particles import Particles, systematic
 from rtb_inverse.posterior import Posterior
@@ -18,7 +20,7 @@ from rtb_inverse.problems import GaussianNoise
 @torch.no_grad()
 def importance(
     posterior: Posterior, y: Tensor | None = None, n: int = 256, generator: Generator | None = None, *, batch_size: int | None = None,
-    chunk_size: int | None = 4096, progress: bool = False,
+    smooth: bool = False, chunk_size: int | None = 4096, progress: bool = False,
 ) -> Particles:  # fmt: skip
     r"""Path importance sampling: draws with log w = log p(tau) + beta log p(y | x_0) - log q(tau | y).
 
@@ -29,10 +31,12 @@ def importance(
         y: observations, (B, *y_shape); None for a `Reward`.
         n: draws per observation, at least 1.
         batch_size: most draws per observation rolled out at once; all by default.
+        smooth: Pareto-smooth the weights (`diagnostics.pareto_smooth`): less variance, a little bias.
         chunk_size: most states in one scoring call.
 
     Returns:
-        Particles(x (n, B, *data_shape), log_w (n, B)).
+        Particles(x (n, B, *data_shape), log_w (n, B)), with info `evaluations` and `k_hat` (B,), the Pareto shape of the largest weights:
+        above 0.7 the weighted means and log_z are not to be trusted (inf too where there are too few draws to tell).
     """
     check_count("n", n)
     if batch_size is not None:
@@ -43,7 +47,9 @@ def importance(
         paths = rollout(posterior, min(batch_size or n, n - start), y, generator, progress=progress)
         log_ws.append(path_log_weights(posterior, paths, chunk_size))
         xs.append(posterior.decode(paths.x_0))
-    return Particles(torch.cat(xs), torch.cat(log_ws))
+    log_w = torch.cat(log_ws)
+    smoothed, k_hat = pareto_smooth(log_w)
+    return Particles(torch.cat(xs), smoothed if smooth else log_w, {"evaluations": float(posterior.steps), "k_hat": k_hat})
 
 
 def path_log_weights(posterior: Posterior, paths: Trajectory, chunk_size: int | None) -> Tensor:
@@ -71,7 +77,8 @@ def smc(
         threshold: in [0, 1]; 0 never resamples, which is importance sampling.
 
     Returns:
-        Particles(x (n, B, *data_shape), log_w (n, B)), whose `log_z` is the estimate; its error is not known from one run.
+        Particles(x (n, B, *data_shape), log_w (n, B)), whose `log_z` is the estimate; its error is not known from one run. Info:
+        `evaluations`, and how many `resamplings` there were, (B,).
     """
     check_count("n", n, 2)
     check_choice("twist", twist, ("likelihood", "none"))
@@ -84,7 +91,7 @@ def smc(
     times = posterior.times
     estimate = prior.denoise(x, times[0]) if shares or twist == "likelihood" else None
     psi = twist_log_likelihood(posterior, estimate, times[0], y) if twist == "likelihood" else x.new_zeros((n, b))
-    log_w, log_z = psi, x.new_zeros(b)
+    log_w, log_z, resamplings = psi, x.new_zeros(b), torch.zeros(b, dtype=torch.long, device=x.device)
     for k, (t, s) in enumerate(tqdm(pairwise(times), "particles", total=posterior.steps, disable=not progress, leave=False)):
         proposal = posterior.transition(x, t, s, y)
         step = prior.gaussian_step(x, estimate, t, s) if shares else prior.transition(x, t, s)
@@ -104,7 +111,8 @@ def smc(
             estimate = None if estimate is None else estimate[pick]
             log_z = log_z + torch.where(poor, log_mean_weight(log_w), torch.zeros_like(log_z))
             log_w = torch.where(poor, torch.zeros_like(log_w), log_w)
-    return Particles(posterior.decode(x), log_w + log_z)
+            resamplings += poor
+    return Particles(posterior.decode(x), log_w + log_z, {"evaluations": float(posterior.steps), "resamplings": resamplings})
 
 
 def twist_log_likelihood(posterior: Posterior, estimate: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
@@ -121,8 +129,8 @@ def twist_log_likelihood(posterior: Posterior, estimate: Tensor, t: Tensor, y: T
 
 @torch.no_grad()
 def renoise_mcmc(
-    posterior: Posterior, y: Tensor | None = None, n: int = 64, generator: Generator | None = None, *, sweeps: int = 8,
-    start: Tensor | None = None, chunk_size: int | None = 4096, progress: bool = False,
+    posterior: Posterior, y: Tensor | None = None, n: int = 64, generator: Generator | None = None, *, sweeps: int = 8, burn_in: int = 0,
+    candidates: int = 1, start: Tensor | None = None, chunk_size: int | None = 4096, progress: bool = False,
 ) -> Particles:  # fmt: skip
     r"""Markov chains on paths that leave p(tau) p(y | x_0)^beta invariant. A sweep makes three moves about a random level k:
 
@@ -130,39 +138,81 @@ def renoise_mcmc(
         bridge      x_1 .. x_{k-1} anew given x_0 and x_k, by the forward process's bridge; accepted by p over bridge
         re-denoise  x_{k-1} .. x_0 anew from x_k by the posterior; accepted by p p(y | x_0)^beta over q
 
-    The first two are always accepted where the prior's chain is the exact reversal. The level is drawn for all chains of a sweep at once.
+    The first two are always accepted where the prior's chain is the exact reversal. The level is drawn for all chains of a sweep at once,
+    evenly up to a highest one: K, unless `burn_in` sweeps adapt it.
 
     Args:
         posterior: proposal and target.
         y: observations, (B, *y_shape); None for a `Reward`.
         n: chains per observation.
-        sweeps: at least 1.
+        sweeps: at least 1, after the burn-in.
+        burn_in: sweeps that move the highest level until a quarter of the re-denoisings is accepted, or it is K.
+        candidates: re-denoisings of each chain and sweep. One is accepted or not; of several, and the path as it is, one is chosen by
+            weight (iterated sampling importance resampling; Andrieu, Lee, Vihola 2018, arXiv 1312.6432).
         start: x_0 to start from in the chain's space, (n, B, *shape), noised up by the forward process; by default n draws of the
             posterior, each chosen out of four by its path weight.
         chunk_size: most states in one scoring call.
 
     Returns:
-        Particles(x (n, B, *data_shape), log_w = 0).
+        Particles(x (n, B, *data_shape), log_w = 0), with info: `acceptance` of the re-denoisings (B,), `level`, the highest one,
+        `evaluations` and, from 4 sweeps on, `r_hat` and `effective_draws` (B,) of the sweeps of all chains (`diagnostics.split_r_hat`), of
+        8 random projections of x_0: r_hat above 1.01 asks for more sweeps.
     """
-    check_count("n", n), check_count("sweeps", sweeps)
+    check_count("n", n), check_count("sweeps", sweeps), check_count("burn_in", burn_in, 0), check_count("candidates", candidates)
     y = posterior.check_y(y)
+    K, b = posterior.steps, 1 if y is None else len(y)
     if start is None:
-        states = choose_by_weight(posterior, y, n, generator, chunk_size)
+        states, evaluations = choose_by_weight(posterior, y, n, generator, chunk_size), 4.0 * K
     else:
-        b = 1 if y is None else len(y)
         if start.shape != (n, b, *posterior.shape):
             raise ValueError(f"start must have shape (n, B, *shape) = {(n, b, *posterior.shape)}, got {tuple(start.shape)}")
-        states = renoise(posterior, start, generator)
+        states, evaluations = renoise(posterior, start, generator), 0.0
     device = None if generator is None else generator.device
-    for _ in tqdm(range(sweeps), "sweeps", disable=not progress, leave=False):
-        level = int(torch.randint(1, posterior.steps + 1, (), generator=generator, device=device))
-        for propose in (climb, bridge, redenoise):
-            proposal, log_ratio = propose(posterior, states, level, y, generator, chunk_size)
-            uniform = torch.rand(log_ratio.shape, generator=generator, device=log_ratio.device, dtype=log_ratio.dtype)
-            accept = uniform.log() < log_ratio
-            states = torch.where(accept.reshape(accept.shape + (1,) * len(posterior.shape)), proposal, states)
+    directions = torch.randn((states[-1][0, 0].numel(), 8), generator=generator, device=states.device, dtype=states.dtype)
+    highest, accepted, history = float(K), [], []
+    for sweep in tqdm(range(burn_in + sweeps), "sweeps", disable=not progress, leave=False):
+        level = int(torch.randint(1, round(highest) + 1, (), generator=generator, device=device))
+        for move in (climb, bridge):
+            proposal, log_ratio = move(posterior, states, level, y, generator, chunk_size)
+            if not posterior.prior.exact_reversal:  # else the ratio is one
+                uniform = torch.rand((n, b), generator=generator, device=states.device, dtype=states.dtype)
+                proposal = choose(uniform.log() < log_ratio(), proposal, states)
+            states = proposal
+        states, moved = redenoise(posterior, states, level, y, generator, chunk_size, candidates)
+        evaluations += (candidates + 1) * level
+        if sweep < burn_in:
+            highest = min(float(K), max(1.0, highest * math.exp((float(moved.mean()) - 0.25) / (sweep + 1) ** 0.5)))
+        else:
+            accepted.append(moved.mean(0))
+            history.append(states[-1].flatten(2) @ directions)
     x = posterior.decode(states[-1])
-    return Particles(x, x.new_zeros(x.shape[:2]))
+    info = {"acceptance": torch.stack(accepted).mean(0), "level": round(highest), "evaluations": evaluations}
+    if sweeps >= 4:
+        chains = torch.stack(history)
+        info |= {"r_hat": split_r_hat(chains), "effective_draws": effective_draws(chains)}
+    return Particles(x, x.new_zeros(x.shape[:2]), info)
+
+
+def refine(
+    posterior: Posterior, y: Tensor | None = None, n: int = 64, generator: Generator | None = None, *, rounds: int = 3,
+    candidates: int = 3, chunk_size: int | None = 4096, progress: bool = False,
+) -> Particles:  # fmt: skip
+    """Population refinement: weigh and resample the posterior's draws, then rounds of re-noising all of them and denoising each
+    `candidates` times in parallel, of which, and of the draw as it was, one is kept by its exact weight. More rounds are sequential,
+    more candidates parallel compute; both approach the posterior from any budget.
+
+    Args:
+        rounds: at least 1. The rest as in `renoise_mcmc`, which this is with several candidates.
+    """
+    check_count("candidates", candidates, 2)
+    return renoise_mcmc(
+        posterior, y, n, generator, sweeps=check_count("rounds", rounds), candidates=candidates, chunk_size=chunk_size, progress=progress
+    )
+
+
+def choose(which: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """Paths (K + 1, N, B, *shape): new ones where `which` (N, B)."""
+    return torch.where(which.reshape(which.shape + (1,) * (new.ndim - 3)), new, old)
 
 
 def choose_by_weight(posterior: Posterior, y: Tensor | None, n: int, generator: Generator | None, chunk_size: int | None) -> Tensor:
@@ -172,8 +222,8 @@ def choose_by_weight(posterior: Posterior, y: Tensor | None, n: int, generator: 
     return paths.x[:, index, torch.arange(index.shape[1], device=index.device)]
 
 
-def climb(posterior: Posterior, states: Tensor, level: int, y, generator, chunk_size) -> tuple[Tensor, Tensor]:
-    """The first move: proposed states (K + 1, N, B, *shape) and the log of the acceptance ratio, (N, B)."""
+def climb(posterior: Posterior, states: Tensor, level: int, y, generator, chunk_size) -> tuple[Tensor, Callable[[], Tensor]]:
+    """The first move: proposed states (K + 1, N, B, *shape), and a function that gives the log of the acceptance ratio, (N, B)."""
     top = posterior.steps - level
     upper = renoise(posterior, states[top], generator, from_level=level)
 
@@ -184,10 +234,10 @@ def climb(posterior: Posterior, states: Tensor, level: int, y, generator, chunk_
             log_q = log_q + GaussianStep(a * part[j + 1], b, len(posterior.shape)).log_prob(part[j])
         return log_p - log_q
 
-    return torch.cat([upper, states[top + 1 :]]), log_w(upper) - log_w(states[: top + 1])
+    return torch.cat([upper, states[top + 1 :]]), lambda: log_w(upper) - log_w(states[: top + 1])
 
 
-def bridge(posterior: Posterior, states: Tensor, level: int, y, generator, chunk_size) -> tuple[Tensor, Tensor]:
+def bridge(posterior: Posterior, states: Tensor, level: int, y, generator, chunk_size) -> tuple[Tensor, Callable[[], Tensor]]:
     """The second move."""
     top, x_0, event_dim = posterior.steps - level, states[-1], len(posterior.shape)
     times = posterior.times[top:]
@@ -202,20 +252,33 @@ def bridge(posterior: Posterior, states: Tensor, level: int, y, generator, chunk
         return log_p - log_q
 
     part = torch.stack([*lower, x_0])
-    return torch.cat([states[:top], part]), log_w(part) - log_w(states[top:])
+    return torch.cat([states[:top], part]), lambda: log_w(part) - log_w(states[top:])
 
 
-def redenoise(posterior: Posterior, states: Tensor, level: int, y, generator, chunk_size) -> tuple[Tensor, Tensor]:
-    """The third move."""
-    top = posterior.steps - level
-    lower = rollout(posterior, states.shape[1], y, generator, start=states[top], level=level)
+def redenoise(
+    posterior: Posterior, states: Tensor, level: int, y, generator, chunk_size, candidates: int = 1
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The third move, made: the states, and in which chains they changed, as 0 and 1, (N, B)."""
+    top, n = posterior.steps - level, states.shape[1]
+    times = posterior.times[top:]
+    start = states[top].repeat(candidates, *(1,) * (states.ndim - 2))
+    lower = rollout(posterior, candidates * n, y, generator, start=start, level=level)
 
-    def log_w(part):
-        path = Trajectory(part, posterior.times[top:], y)
-        log_p, log_q = (lower_log_prob(chain, path, chunk_size) for chain in (posterior.prior, posterior))
-        return log_p + posterior.log_likelihood(part[-1], y) - log_q
+    def log_w(paths: Trajectory) -> Tensor:
+        log_q = lower_log_prob(posterior, paths, chunk_size) if paths.log_prob is None else paths.log_prob
+        return lower_log_prob(posterior.prior, paths, chunk_size) + posterior.log_likelihood(paths.x_0, y) - log_q
 
-    return torch.cat([states[:top], lower.x]), log_w(lower.x) - log_w(states[top:])
+    new, old = log_w(lower).unflatten(0, (candidates, n)), log_w(Trajectory(states[top:], times, y))
+    uniform = torch.rand(old.shape, generator=generator, device=old.device, dtype=old.dtype)
+    if candidates == 1:
+        pick = (uniform.log() < new[0] - old).long() - 1  # -1: the old one
+    else:
+        cumulative = torch.cat([old[None], new]).softmax(0).cumsum(0)
+        pick = (uniform * cumulative[-1] > cumulative).sum(0).clamp_max(candidates) - 1
+    parts = lower.x.unflatten(1, (candidates, n))
+    index = pick.clamp_min(0).reshape(1, 1, *pick.shape, *(1,) * len(posterior.shape)).expand(len(parts), 1, *parts.shape[2:])
+    chosen = torch.cat([states[:top], parts.gather(1, index)[:, 0]])
+    return choose(pick >= 0, chosen, states), (pick >= 0).to(old.dtype)
 
 
 def lower_log_prob(chain: Chain, path: Trajectory, chunk_size: int | None) -> Tensor:

@@ -1,6 +1,6 @@
 """What every way of getting samples ends in."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,10 +14,13 @@ class Particles:
     Attributes:
         x: (N, B, *shape), N draws for each of B observations, in data space.
         log_w: (N, B), log weights: log p(path, y) - log q(path | y) where the draws were weighted, 0 where they were not.
+        info: what the method says about itself, by name: numbers, or tensors (B,). `evaluations` is of the posterior's network for each
+            draw, scoring included.
     """
 
     x: Tensor
     log_w: Tensor
+    info: dict[str, Any] = field(default_factory=dict)
 
     @property
     def weights(self) -> Tensor:

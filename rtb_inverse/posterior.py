@@ -16,6 +16,8 @@ from rtb_inverse.problems import InverseProblem, Reward
 from rtb_inverse.references import References
 from rtb_inverse.schedules import expand
 
+LIKELIHOOD_CHUNK = 2**24  # elements of y that the references are compared with at once
+
 
 class Posterior(Chain):
     r"""q(x_s | x_t, y): the prior's Gaussian step around another estimate of x_0.
@@ -115,8 +117,10 @@ class Posterior(Chain):
         return references.measure(self.prior, guided, simulate, lambda y: self._likelihood_of(references, y))
 
     def _likelihood_of(self, references: References, y: Tensor) -> Tensor:
-        """(M, B)."""
-        return self.beta * self.problem.log_likelihood(references.data[:, None], y)
+        """(M, B), a few observations at a time."""
+        at_once = max(1, LIKELIHOOD_CHUNK // (len(references.x) * max(1, self.problem.y_shape.numel())))
+        parts = [self.problem.log_likelihood(references.data[:, None], part) for part in y.split(at_once)]
+        return self.beta * torch.cat(parts, 1)
 
     def train(self, mode: bool = True) -> "Posterior":
         return super().train(False)  # a density must not depend on dropout
