@@ -437,8 +437,8 @@ def classifier_two_sample_test(x: Tensor, y: Tensor, folds: int = 5, classifier=
 
     Returns:
         The accuracy, and its standard error by 1 / 4, the variance of a guess, and the factor 1 + J / (J - 1) for the overlap of the
-        folds (Nadeau and Bengio 2003, Machine Learning 52, 239), which errs on the large side: (value - 0.5) / error is above 3 in
-        less than one in 1,000 comparisons of a law with itself.
+        folds (Nadeau and Bengio 2003, Machine Learning 52, 239), which errs on the large side: (value - 0.5) / error of the
+        default classifier is above 3 in less than one in 1,000 comparisons of a law with itself.
 
     Raises:
         ValueError: for fewer than 2 draws per fold, or fewer than 2 folds.
@@ -557,7 +557,7 @@ def _constant(x: Tensor) -> Tensor:
 
 
 def split_r_hat(chains: Tensor) -> Tensor:
-    """Rank-normalised split R-hat, the larger of bulk and folded, and the largest over elements: (B,). 1 in the limit of mixed chains;
+    """Rank-normalised split R-hat, the larger of bulk and folded, and the largest over elements: (B,). About 1 for mixed chains;
     below 1.01 for chains to be trusted. Vehtari, Gelman, Simpson, Carpenter and Buerkner (2021), Bayesian Analysis 16, 667
     (arXiv:1903.08008). An element that never changes in any chain has 1; chains stuck at different values have a very large one.
 
@@ -567,11 +567,11 @@ def split_r_hat(chains: Tensor) -> Tensor:
     x = _split_chains(chains)
     ordered = x.flatten(0, 1).sort(0).values
     median = (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
-    worst = torch.ones_like(median)
+    found = []
     for v in (x, (x - median).abs()):
         within, total = _variances(_normal_scores(v))
-        worst = torch.maximum(worst, torch.where(_constant(v), 1.0, (total / within).sqrt()))
-    return worst.max(1).values
+        found.append(torch.where(_constant(v), 1.0, (total / within).sqrt()))
+    return torch.cat(found, 1).max(1).values
 
 
 def effective_draws(chains: Tensor) -> Tensor:
