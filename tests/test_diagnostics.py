@@ -179,8 +179,8 @@ def test_khat_tells_heavy_tails_from_light_ones():
 
 
 def test_smoothing_brings_a_heavy_tailed_mean_closer():
-    """log E w of k = 0.7: the mean absolute error falls over 4,000 seeds by more than 4 of the standard errors of the difference. The mean
-    squared error halves, but has no variance to tell it by."""
+    """log E w of k = 0.7: the mean absolute error falls over 4,000 seeds by more than 4 of the standard errors of the difference, the mean
+    squared error by 40% and more."""
     log_w = pareto_log_w(0.7, 1000, 4000)
     raw, smooth = ((log_mean_weight(v) - math.log(1 / 0.3)).abs() for v in (log_w, pareto_smooth(log_w)[0]))
     gain = Estimate.of(raw - smooth)
