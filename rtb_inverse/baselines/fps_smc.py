@@ -12,8 +12,9 @@ and a step's proposal is the exact Gaussian posterior of the prior's step N(m, D
 with the weight log w += log p(y_s | x_t), and resampling.
 
 This is the particle filter of a model in which y_T .. y_0 are observations of x_T .. x_0 with independent noises. But they share the one
-noise n of y: the filter counts y more than once. With many particles a run finds the posterior where sigma is 0, and is too narrow
-where it is not; its mean weight estimates the p(y_T .. y_0) of that model, not the evidence.
+noise n of y: the filter counts y more than once. With many particles it finds the posterior as sigma goes to 0, at a fixed number of
+steps; at a fixed sigma it is too narrow along what y sees, the more so the more steps. Its mean weight estimates the p(y_T .. y_0) of that
+model, not the evidence.
 
 A prior whose own step is another distribution (a mixture's) gets its Gaussian step as N(m, D) and the ratio of the two into the weight.
 """
