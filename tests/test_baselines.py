@@ -235,9 +235,17 @@ def test_a_decoder_is_inside_the_likelihood(generator):
     y = torch.full((2000, 1), 2.0, dtype=D)
     particles = twisted(prior, linear(), y, 16, generator)
     assert abs(z((particles.log_z - truth.log_evidence(MATRIX, NOISE, y[0])).exp(), 1.0)) < 4.5
-    guided = dps(prior, linear(), y, 16, generator, zeta=0.05).x
-    unguided = 1 + 2 * torch.randn((16, 2000, 2), generator=generator, dtype=D)
-    assert z(residual(guided, y) - residual(unguided, y), 0.0) < -8
+
+
+def test_dps_through_a_decoder_is_dps_on_the_operator_behind_it():
+    class Plain(Stretched):
+        decode = Prior.decode
+
+    behind = InverseProblem(lambda z: (2 * z + 1) @ MATRIX.T.to(z.dtype), GaussianNoise(NOISE))
+    y = torch.tensor([[2.0], [-1.0]], dtype=D)
+    ours = dps(Stretched(), linear(), y, 5, torch.Generator().manual_seed(0), zeta=0.1).x
+    theirs = dps(Plain(), behind, y, 5, torch.Generator().manual_seed(0), zeta=0.1).x
+    torch.testing.assert_close(ours, 2 * theirs + 1)
 
 
 def test_resampling_keeps_the_mean_weight_and_touches_only_the_poor():
