@@ -1,0 +1,11 @@
+"""Rival methods, one per file. Those that sample return `Particles`, as ours do; `reinforce` is a loss, as those of `objectives`.
+
+(Conditional denoising on simulated pairs without RTB, "NPE", is `fit(posterior, warm_start=1.0)`.)
+"""
+
+from rtb_inverse.baselines.dps import dps
+from rtb_inverse.baselines.fps_smc import fps_smc
+from rtb_inverse.baselines.reinforce import reinforce
+from rtb_inverse.baselines.twisted import twisted
+
+__all__ = ["dps", "fps_smc", "reinforce", "twisted"]
