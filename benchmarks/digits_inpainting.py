@@ -22,7 +22,7 @@ ROWS = {
     "guided, untrained": ("guided", None),
     "guided, warm start only": ("guided", {"warm_start": 1.0}),
     "guided, warm start and RTB with backtracking": ("guided", {}),
-    "guided, RTB with backtracking only": ("guided", {"warm_start": 0.0}),
+    "guided, RTB with backtracking only": ("guided", {"warm_start": 0.0, "step_fraction": 0.25}),
     "prior, warm start and RTB with backtracking": ("prior", {}),
 }
 COLUMNS = ("elbo", "eubo", "log_z_is", "ess", "log_likelihood", "psnr", "coverage_90")
