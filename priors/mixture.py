@@ -107,8 +107,9 @@ class GaussianMixturePrior(Prior):
         variance: str = "analytic", min_std: float = 1e-3,
     ):  # fmt: skip
         if schedule is None:
-            options = {"timestep_spacing": "trailing", "prediction_type": "sample", "rescale_betas_zero_snr": True}
-            schedule = VariancePreserving(beta_schedule="scaled_linear", **options)
+            schedule = VariancePreserving(
+                beta_schedule="scaled_linear", timestep_spacing="trailing", prediction_type="sample", rescale_betas_zero_snr=True
+            )
         if means.ndim < 2 or weights.shape != means.shape[:-1]:
             raise ValueError(
                 f"weights must have shape (*batch, J) and means (*batch, J, d), got {tuple(weights.shape)} and {tuple(means.shape)}"

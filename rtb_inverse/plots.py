@@ -9,6 +9,8 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
+from rtb_inverse.diagnostics import Coverage
+
 
 def image_grid(images: Tensor, file: str | Path, columns: int = 16, limits: tuple[float, float] = (-1.0, 1.0)) -> None:
     """Write a grid of images (M, C, H, W), C of 1 or 3, values within `limits`."""
@@ -49,6 +51,35 @@ def posterior_panel(
             if row == 0:
                 ax.set_title(title, fontsize=9)
     fig.tight_layout(pad=0.3)
+    fig.savefig(file)
+    plt.close(fig)
+
+
+def calibration_figure(log_w: Tensor, file: str | Path, ranks: Tensor | None = None, coverage: Coverage | None = None) -> None:
+    """Path weights (N, B), and where they are known the ranks of the truth (B, statistics) among N draws, and expected coverage."""
+    panels = 1 + (ranks is not None) + (coverage is not None)
+    fig, grid = plt.subplots(1, panels, figsize=(3.4 * panels, 3.0), dpi=120, squeeze=False)
+    axes = list(grid[0])
+    n = len(log_w)
+    if coverage is not None:
+        ax = axes.pop(0)
+        levels = coverage.levels.cpu().numpy()
+        error = (levels * (1 - levels) / log_w.shape[1]) ** 0.5
+        ax.fill_between(levels, levels - 2 * error, levels + 2 * error, color="0.85", label="two standard errors")
+        ax.plot(levels, coverage.coverage.cpu().numpy(), label=f"draws (p = {coverage.p_value:.2g})")
+        ax.plot([0, 1], [0, 1], "k:", lw=1)
+        ax.set(xlabel="credibility level", ylabel="expected coverage", title="TARP")
+        ax.legend(fontsize=7)
+    if ranks is not None:
+        ax = axes.pop(0)
+        bins = min(n + 1, 20)
+        ax.hist(((ranks.flatten().cpu() + 0.5) / (n + 1)).numpy(), bins=bins, range=(0, 1), density=True)
+        ax.axhline(1, color="k", ls=":", lw=1)
+        ax.set(xlabel="rank of the truth among the draws", ylabel="density", title="calibration, all elements")
+    ax = axes.pop(0)
+    ax.hist((log_w - log_w.max(0).values).flatten().clamp_min(-50).cpu().numpy(), bins=50)
+    ax.set(xlabel="log weight below the largest", ylabel="draws", title="path weights")
+    fig.tight_layout(pad=0.5)
     fig.savefig(file)
     plt.close(fig)
 

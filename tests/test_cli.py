@@ -25,8 +25,8 @@ TINY = [
     *(f"{MODEL}.observations", "2"), *(f"{MODEL}.draws", "2"), *(f"{MODEL}.test_draws", "19"), *(f"{PRIOR}.steps", "5"),
     *("--data.init_args.simulated", "3"), *("--trainer.enable_progress_bar", "false"),
 ]  # fmt: skip
-JUDGED = {"elbo", "log_z_is", "log_z_learned", "ess", "log_likelihood"}
-WITH_TRUTH = JUDGED | {"log_likelihood_of_truth", "psnr", "coverage_50", "coverage_80", "coverage_90"}
+JUDGED = {"elbo", "log_z_is", "log_z_learned", "ess", "log_likelihood", "chi_squared"}
+WITH_TRUTH = JUDGED | {"log_likelihood_of_truth", "psnr", "ssim", "crps", "coverage_50", "coverage_80", "coverage_90"}
 
 
 def run(args: list[str]) -> cli.CommandLine:
@@ -106,6 +106,9 @@ def test_test_writes_reports_and_panels(fitted, capsys):
         assert report["seconds"] > 0
         panel = (output / f"panel_{name}.png").read_bytes()
         assert panel.startswith(b"\x89PNG\r\n\x1a\n")
+        assert (output / f"report_{name}.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+        page = (output / f"report_{name}.md").read_text()
+        assert all(f"| {key} |" in page for key in expected)
         assert len(panel) > 5_000
         assert f"{name} observations (3, 19 draws each)" in printed
         assert f"{report['numbers']['elbo']['value']:.3g}" in printed

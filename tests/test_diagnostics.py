@@ -1,5 +1,6 @@
 """Diagnostics against closed forms, scipy and known truths. Statistical checks ask for |z| < 4: once in 16,000 seeds by chance."""
 
+import copy
 import json
 import math
 
@@ -498,3 +499,21 @@ def test_reports_are_written(problem, generator, tmp_path):
     without_truth = evaluate(posterior, Observations(held.y), 8, generator)
     assert "psnr" not in without_truth.numbers
     assert "elbo" in str(without_truth)
+
+
+def test_a_report_with_tests_of_calibration(problem, tmp_path, generator):
+    """A posterior that is as good as exact passes both; one that is too wide fails; and what was looked at is saved."""
+    _, posterior, _ = problem
+    held = simulate_observations(posterior, 300, generator)
+    report = evaluate(posterior, held, 63, generator)
+    assert set(report.p_values) == {"sbc", "tarp"} and min(report.p_values.values()) > 1e-4  # false alarms: 1 in 5,000
+    assert abs(report.numbers["chi_squared"].value - 1) < 4.5 * report.numbers["chi_squared"].error
+    wide = copy.deepcopy(posterior)
+    with torch.no_grad():
+        wide.log_scale += 0.7
+    assert min(evaluate(wide, held, 63, generator).p_values.values()) < 1e-4
+    report.save(tmp_path, "page")
+    assert {file.name for file in tmp_path.iterdir()} == {"page.json", "page.md", "page.png"}
+    assert json.loads((tmp_path / "page.json").read_text())["p_values"] == report.p_values
+    assert f"| sbc | {report.p_values['sbc']:.2g} |" in (tmp_path / "page.md").read_text()
+    assert evaluate(posterior, held.y, 63, generator).p_values == {}  # the truth is not known
