@@ -1,7 +1,7 @@
 """Posterior sampling for Bayesian inverse problems with diffusion priors, by Relative Trajectory Balance."""
 
 from rtb_inverse.chains import Chain, Prior, Trajectory, path_log_prob, renoise, rollout
-from rtb_inverse.corrections import importance, renoise_mcmc, smc
+from rtb_inverse.corrections import importance, refine, renoise_mcmc, smc
 from rtb_inverse.data import ObservationData
 from rtb_inverse.evaluation import Observations, Report, evaluate, observe, simulate_observations
 from rtb_inverse.lightning import PosteriorTraining, fit
@@ -14,6 +14,6 @@ from rtb_inverse.schedules import FlowMatching, Schedule, VarianceExploding, Var
 __all__ = [
     "Chain", "FlowMatching", "GaussianNoise", "InverseProblem", "ObservationData", "Observations", "Particles", "Posterior",
     "PosteriorTraining", "Prior", "PriorTraining", "Report", "Reward", "Schedule", "Trajectory", "VarianceExploding",
-    "VariancePreserving", "evaluate", "fit", "importance", "observe", "path_log_prob", "renoise", "renoise_mcmc", "rollout",
+    "VariancePreserving", "evaluate", "fit", "importance", "observe", "path_log_prob", "refine", "renoise", "renoise_mcmc", "rollout",
     "schedule_from_config", "simulate_observations", "smc",
 ]  # fmt: skip
