@@ -163,10 +163,9 @@ def main() -> None:
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
-    print(
-        "| problem | method | seed | SW / floor | coverage of 90 % | log Z error | ESS / n | evaluations per draw | s per 1,000 | training, s |"
-    )
-    print("|---" * 10 + "|", flush=True)
+    columns = ["problem", "method", "seed", "SW / floor", "coverage of 90 %", "log Z error", "ESS / n", "evaluations per draw"]
+    columns += ["s per 1,000", "training, s"]
+    print(f"| {' | '.join(columns)} |\n" + "|---" * len(columns) + "|", flush=True)
     found: list[Row] = []
     for name in args.problems:
         bench = Bench(name, args.observations, args.draws)

@@ -103,7 +103,8 @@ class References(nn.Module):
             else:
                 flat = error.flatten(1)
                 along = (flat @ self.basis.double()).square().mean(0)
-                across = (flat.square().sum(1).mean() - along.sum()) / max(1, flat.shape[1] - len(along))
+                others = flat.shape[1] - len(along)
+                across = (flat.square().sum(1).mean() - along.sum()) / others if others else along.mean()
                 self.level[k], self.shrink[k] = across, along / across
         return self
 

@@ -119,6 +119,15 @@ def test_the_untrained_start_is_near_the_posterior(operator, generator):
     assert float(gap.mean()) < 0.5 * float(gap_alone.mean()) and bool(ess.mean() > ess_alone.mean())
 
 
+def test_an_operator_that_sees_all_of_x(generator):
+    prior = GaussianMixturePrior.random(2, 3, 1, steps=4)
+    posterior = Posterior(prior, InverseProblem(torch.eye(2), GaussianNoise(1.0)), width=8)
+    y = posterior.problem.simulate(prior.sample(8, generator), generator)
+    paths = rollout(posterior, 64, y, generator)
+    log_w = path_log_prob(prior, paths) + posterior.log_likelihood(paths.x_0, y) - paths.log_prob
+    assert float(effective_sample_size(log_w).mean()) > 32
+
+
 def test_references_are_saved(tmp_path, generator):
     posterior = Posterior(GaussianMixturePrior.random(2, 3, 0, steps=3), linear_problem(2, dtype=torch.float32), width=8)
     posterior.references.x.add_(0.5)  # as if drawn by another version

@@ -304,6 +304,7 @@ def drawn_loss(posterior: Posterior, x_0: torch.Tensor, y: torch.Tensor, generat
 @pytest.mark.parametrize("start", ["guided", "prior"])
 def test_denoising_loss_is_the_mean_over_drawn_paths(start, generator, monkeypatch):
     posterior = mixture_posterior(4, start)
+    posterior.references = None  # slow for so many states
     x_0 = posterior.prior.sample(4, generator)
     y = posterior.problem.simulate(x_0, generator)
     drawn = drawn_loss(posterior, x_0, y, generator, 100_000)
