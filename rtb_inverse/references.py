@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from rtb_inverse.chains import Prior
 from rtb_inverse.guidance import Update
 
-SIZES = 2048, 8192  # fewest and most draws; 256 for each element of x between
+SIZES = 2048, 32768  # fewest and most draws; 1,024 for each element of x between
 PAIRS = 512
-CHUNK = 4096  # states at once
+IDLE = 3  # cleaner steps in a row that gain nothing, after which no more are tried
+CHUNK = 1024  # states at once
 
 
 class References(nn.Module):
@@ -45,7 +46,7 @@ class References(nn.Module):
 
     def __init__(self, prior: Prior, basis: Tensor | None = None, size: int | None = None):
         super().__init__()
-        size = min(max(256 * prior.shape.numel(), SIZES[0]), SIZES[1]) if size is None else size
+        size = min(max(1024 * prior.shape.numel(), SIZES[0]), SIZES[1]) if size is None else size
         self.schedule, self.shape = prior.schedule, prior.shape
         K, options = prior.steps, prior._options()
         self.register_buffer("x", prior.sample(size, torch.Generator(options["device"]).manual_seed(0)))
@@ -88,14 +89,17 @@ class References(nn.Module):
         x_0 = prior.sample(PAIRS, generator)
         y = simulate(x_0, generator)
         log_lik = log_likelihood(y)
-        for k, t in enumerate(prior.times[:-1].flip(0)):
+        idle = 0
+        for k, t in reversed(list(enumerate(prior.times[:-1].flip(0)))):
             noise = torch.randn(x_0.shape, generator=generator, device=x_0.device, dtype=x_0.dtype)
             x_t = prior.schedule.add_noise(x_0, noise, t)
             estimate = guided(x_t, t, y)
-            move = self(x_t, t, log_lik, torch.ones_like(t, dtype=torch.bool)) - estimate
+            wanted = torch.full_like(t, idle < IDLE, dtype=torch.bool)
+            move = (self(x_t, t, log_lik, wanted) - estimate) * wanted
             gain, square = ((x_0 - estimate) * move).flatten(1).sum(1), move.square().flatten(1).sum(1)
             clear = gain.mean() > 3 * gain.std() / len(gain) ** 0.5
             self.share[k] = (gain.sum() / square.sum()).clamp_max(1) if clear else 0.0
+            idle = 0 if clear else idle + 1
             error = (x_0 - estimate - self.share[k] * move).double()
             if self.basis is None:
                 known = prior.denoiser_error(t)
