@@ -18,7 +18,7 @@ from priors import DiffusersPrior
 from rtb_inverse import Posterior, evaluate, fit, simulate_observations
 from tasks import Inpainting
 
-WAYS = {"rtb": {"warm_start": 0.0, "step_fraction": 0.25, "observations": 8, "draws": 16}, "warm": {"warm_start": 1.0}}
+WAYS = {"rtb": {"warm_start": 0.0, "step_fraction": 0.25, "observations": 8, "draws": 16}, "warm": {"warm_start": 1.0, "pool": 65536}}
 COLUMNS = ("elbo", "eubo", "log_z_is", "ess", "log_likelihood", "psnr", "coverage_90")
 
 

@@ -7,7 +7,8 @@ import torch
 from conftest import Coarse
 
 from priors import GaussianMixturePrior
-from rtb_inverse import GaussianNoise, InverseProblem, Posterior, Reward, corrections, importance, renoise_mcmc, rollout, smc
+from rtb_inverse import GaussianNoise, InverseProblem, Posterior, Reward, corrections, importance, refine, renoise_mcmc, rollout, smc
+from rtb_inverse.diagnostics import pareto_smooth
 
 D = torch.float64
 MATRIX, NOISE = torch.tensor([[1.0, -0.5]], dtype=D), 0.5
@@ -101,6 +102,38 @@ def test_forward_moves_are_always_accepted_on_an_exact_reversal(generator):
             assert torch.equal(proposal[kept], states[kept])
 
 
+def test_what_the_chains_say_of_themselves(generator):
+    """A posterior whose steps are three times too wide is accepted rarely from the top: burn-in lowers the level, and finds more moves."""
+    posterior, y = mixture_posterior(), torch.full((2, 1), 0.7, dtype=D)
+    info = renoise_mcmc(posterior, y, 300, generator, sweeps=60).info
+    assert info["evaluations"] >= 4 * posterior.steps + 60 * 2 and info["level"] == posterior.steps
+    assert all(info[name].shape == (2,) for name in ("acceptance", "r_hat", "effective_draws"))
+    assert bool((info["r_hat"] < 1.1).all()) and bool((info["effective_draws"] > 300).all()) and bool((info["acceptance"] > 0.3).all())
+    with torch.no_grad():
+        posterior.log_scale += 1.2
+    plain, adapted = (renoise_mcmc(posterior, y, 300, generator, sweeps=12, burn_in=burn_in).info for burn_in in (0, 20))
+    assert adapted["level"] < posterior.steps and bool((adapted["acceptance"] > plain["acceptance"]).all())
+
+
+def test_refined_populations_come_closer(generator):
+    """Means of the draws: off at first, by many standard errors; after refinement within 4.5 of them."""
+    posterior, y, n = mixture_posterior(), torch.tensor([[0.7]], dtype=D), 4000
+    with torch.no_grad():
+        posterior.gate.fill_(0.6)
+    truth = posterior.prior.posterior(MATRIX, NOISE, y).distribution.mean[0]
+    raw, refined = posterior.sample(y, n, generator).x[:, 0], refine(posterior, y, n, generator, rounds=8).x[:, 0]
+    assert max(abs(z(raw[:, j], float(truth[j]))) for j in range(2)) > 9
+    assert max(abs(z(refined[:, j], float(truth[j]))) for j in range(2)) < 4.5
+
+
+def test_smoothed_importance(generator):
+    posterior, y = mixture_posterior(), torch.tensor([[0.7], [2.0]], dtype=D)
+    plain, smooth = (importance(posterior, y, 200, torch.Generator().manual_seed(1), smooth=s) for s in (False, True))
+    assert torch.equal(plain.x, smooth.x) and torch.equal(plain.info["k_hat"], smooth.info["k_hat"])
+    assert torch.equal(smooth.log_w, pareto_smooth(plain.log_w)[0]) and not torch.equal(smooth.log_w, plain.log_w)
+    assert smooth.info["k_hat"].shape == (2,) and bool((smooth.info["k_hat"] < 0.7).all())
+
+
 def test_default_start_and_reward(generator):
     prior = GaussianMixturePrior.random(2, 4, 0, D, steps=4)
     reward = Posterior(prior, Reward(lambda x: -x.square().sum(-1)), width=16)
@@ -161,6 +194,9 @@ def test_networks_and_rewards_run(make_prior, generator):
         (lambda p, y: smc(p, y[:, :0]), "y must have shape"),
         (lambda p, y: renoise_mcmc(p, y, 0), "n must be an integer of at least 1"),
         (lambda p, y: renoise_mcmc(p, y, 4, sweeps=0), "sweeps must be an integer of at least 1"),
+        (lambda p, y: renoise_mcmc(p, y, 4, burn_in=-1), "burn_in must be an integer of at least 0"),
+        (lambda p, y: renoise_mcmc(p, y, 4, candidates=0), "candidates must be an integer of at least 1"),
+        (lambda p, y: refine(p, y, 4, candidates=1), "candidates must be an integer of at least 2"),
         (lambda p, y: renoise_mcmc(p, y, 4, start=torch.zeros(3, 1, 2)), r"start must have shape .*\(4, 1, 2\), got \(3, 1, 2\)"),
     ],
 )
