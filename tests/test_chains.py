@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch.distributions import Independent, MultivariateNormal, Normal
 
-from rtb_inverse.chains import VARIANCES, Prior, Trajectory, path_log_prob, random_steps, renoise, rollout, step_log_prob, step_shares
+from rtb_inverse.chains import (
+    VARIANCES, Prior, Trajectory, initial_log_prob, path_log_prob, random_steps, renoise, rollout, step_log_prob, step_shares,
+)  # fmt: skip
 from rtb_inverse.distributions import GaussianStep, draw
 from rtb_inverse.guidance import Update
 from rtb_inverse.posterior import Posterior
@@ -369,8 +371,10 @@ def test_rollout_from_a_level(path, generator):
     chain, trajectory = path
     start = trajectory.x[1]  # x at level K - 1
     part = rollout(chain, 5, generator=generator, start=start, level=chain.steps - 1)
-    assert torch.equal(part.x[0], start) and part.steps == chain.steps - 1 and part.log_prob is None
+    assert torch.equal(part.x[0], start) and part.steps == chain.steps - 1
     assert torch.equal(part.times, chain.times[1:])
+    given = path_log_prob(chain, part) - initial_log_prob(chain, part)  # the density of what was drawn, given the start
+    torch.testing.assert_close(part.log_prob, given, rtol=1e-4, atol=1e-4)
 
 
 def test_extra_noise_widens_every_step(schedule, generator, assert_mean):
