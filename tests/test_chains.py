@@ -8,7 +8,16 @@ import torch
 from torch.distributions import Independent, MultivariateNormal, Normal
 
 from rtb_inverse.chains import (
-    VARIANCES, Prior, Trajectory, initial_log_prob, path_log_prob, random_steps, renoise, rollout, step_log_prob, step_shares,
+    VARIANCES,
+    Prior,
+    Trajectory,
+    initial_log_prob,
+    path_log_prob,
+    random_steps,
+    renoise,
+    rollout,
+    step_log_prob,
+    step_shares,
 )  # fmt: skip
 from rtb_inverse.distributions import GaussianStep, draw
 from rtb_inverse.guidance import Update
