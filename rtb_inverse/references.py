@@ -19,6 +19,7 @@ from rtb_inverse.chains import Prior
 from rtb_inverse.guidance import Update
 
 SIZES = 2048, 32768  # fewest and most draws; 1,024 for each element of x between
+ELEMENTS = 2**22  # of all draws together
 PAIRS = 512
 IDLE = 3  # cleaner steps in a row that gain nothing, after which no more are tried
 CHUNK = 1024  # states at once
@@ -46,7 +47,8 @@ class References(nn.Module):
 
     def __init__(self, prior: Prior, basis: Tensor | None = None, size: int | None = None):
         super().__init__()
-        size = min(max(1024 * prior.shape.numel(), SIZES[0]), SIZES[1]) if size is None else size
+        d = prior.shape.numel()
+        size = min(max(1024 * d, SIZES[0]), SIZES[1], max(1, ELEMENTS // d)) if size is None else size
         self.schedule, self.shape = prior.schedule, prior.shape
         K, options = prior.steps, prior._options()
         self.register_buffer("x", prior.sample(size, torch.Generator(options["device"]).manual_seed(0)))
@@ -64,8 +66,9 @@ class References(nn.Module):
         """x_ref, (*batch, *shape), where `wanted` (broadcastable to the batch), else 0.
 
         Args:
-            log_likelihood: beta log p(y | x_i), (M, B), B the last axis of the batch.
+            log_likelihood: beta log p(y | x_i), (M, B), B the last axis of the batch. A y that no draw allows is not looked at.
         """
+        log_likelihood = log_likelihood.where(~log_likelihood.isneginf().all(0), 0.0)
         x, batch = self.x.flatten(1), x_t.shape[: x_t.ndim - len(self.shape)]
         states, half, log_likelihood = x_t.reshape(-1, x.shape[1]), 0.5 * x.square().sum(1), log_likelihood.T
         alpha, sigma = (c.to(x_t).expand(batch).reshape(-1, 1) for c in self.schedule.alpha_sigma(t))

@@ -128,6 +128,14 @@ def test_an_operator_that_sees_all_of_x(generator):
     assert float(effective_sample_size(log_w).mean()) > 32
 
 
+def test_an_observation_that_no_draw_allows():
+    posterior = Posterior(GaussianMixturePrior.random(2, 4, 0, D, steps=5), linear_problem(2), width=8)
+    references, x_t, t = posterior.references, torch.zeros((1, 2), dtype=D), posterior.times[1]
+    none, all_alike = torch.full((len(references.x), 1), -torch.inf, dtype=D), torch.zeros((len(references.x), 1), dtype=D)
+    wanted = torch.tensor(True)
+    assert torch.equal(references(x_t, t, none, wanted), references(x_t, t, all_alike, wanted))
+
+
 def test_references_are_saved(tmp_path, generator):
     posterior = Posterior(GaussianMixturePrior.random(2, 3, 0, steps=3), linear_problem(2, dtype=torch.float32), width=8)
     posterior.references.x.add_(0.5)  # as if drawn by another version
