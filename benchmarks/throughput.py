@@ -13,8 +13,9 @@ import torch
 
 from priors import DiffusersPrior
 from rtb_inverse import Posterior, rollout
+from rtb_inverse.behaviours import Pool
 from rtb_inverse.objectives import vargrad
-from rtb_inverse.training import path_backward, path_denoising_loss, score
+from rtb_inverse.training import denoising_loss, path_backward, score, step_weights
 from tasks import Inpainting
 
 BATCH, STEPS = 64, 20
@@ -36,7 +37,8 @@ def main() -> None:
     x = torch.randn((BATCH, 1, 8, 8), device=device)
     seen = torch.randn((BATCH, 1 + posterior.network.extra, 8, 8), device=device)
     t = torch.full((BATCH,), 500.0, device=device)
-    states, y_states = rollout(prior, 4 * BATCH, None, generator).x[:, :, 0], y.repeat(4 * BATCH // len(y), 1)
+    pool, weights = Pool(posterior), step_weights(posterior)
+    pool.grow(4 * BATCH, generator)
 
     def raw_sampling():
         with torch.no_grad():
@@ -66,7 +68,7 @@ def main() -> None:
         backward(1, seen.repeat(4, 1, 1, 1))
 
     def warm():
-        path_denoising_loss(posterior, states, y_states, generator).backward()
+        denoising_loss(posterior, *pool.bridges(4 * BATCH, generator), weights).backward()
 
     print(f"{args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}, batch {BATCH}, K = {STEPS}")
     print("| what | bare network, ms | whole, ms | ratio |\n|---|---|---|---|")

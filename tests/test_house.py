@@ -1,6 +1,7 @@
 """The house rules: one list of requirements, imports that run one way, a quiet import, and no machine's paths in the files."""
 
 import ast
+import importlib
 import os
 import re
 import subprocess
@@ -254,3 +255,10 @@ def test_no_file_names_a_machine_path():
             if MACHINE_PATH.search(line):
                 guilty.append(f"{name}:{number}")
     assert not guilty
+
+
+@pytest.mark.parametrize("script", sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py")))
+def test_every_benchmark_still_imports(script, monkeypatch):
+    """What it takes from the library exists; they run for minutes, by hand."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    assert importlib.import_module(script).__doc__
