@@ -173,15 +173,11 @@ class GaussianMixturePrior(Prior):
     def local_covariance(self, x_t, t, rows):
         """In closed form: the components' own covariances and the spread of their means."""
         given = self.transition(x_t, t, t.new_tensor(CLEAN))
-        weights, basis = given.logits.exp()[..., None], given.basis
-        centres = given.centre - into_basis(given.mean, basis)
-        along = torch.einsum("...jde,md->...jem", basis, rows)
-        spread = torch.einsum("...je,...jem->...jm", centres, along)
-        columns = []
-        for m in range(len(rows)):
-            own = given.scale**2 * along[..., m] + centres * spread[..., m, None]
-            columns.append(from_basis(weights * own, basis))
-        return torch.stack(columns, -1)
+        centres = given.centre - into_basis(given.mean, given.basis)
+        along = torch.einsum("...jde,md->m...je", given.basis, rows)
+        along = along.reshape(len(rows), *(1,) * (centres.ndim + 1 - along.ndim), *along.shape[1:])
+        columns = given.scale**2 * along + centres * (centres * along).sum(-1, keepdim=True)
+        return from_basis(given.logits.exp()[..., None] * columns, given.basis).movedim(0, -1)
 
     @property
     def error(self) -> DenoiserError:

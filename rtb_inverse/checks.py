@@ -65,3 +65,10 @@ def check_writable(name: str, folder: str | os.PathLike) -> Path:
             return folder
     except OSError as error:
         raise ValueError(f"{name} must be a folder that can be written to, got {str(folder)!r} ({error.strerror})") from error
+
+
+def check_fraction(name: str, value: float) -> float:
+    """Return `value` if it is in [0, 1]; raise ValueError otherwise."""
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must be in [0, 1], got {value!r}")
+    return value

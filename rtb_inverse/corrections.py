@@ -6,10 +6,11 @@ from itertools import pairwise
 
 import torch
 from torch import Generator, Tensor
+from torch.distributions import Distribution
 from tqdm.auto import tqdm
 
 from rtb_inverse.chains import Chain, Prior, Trajectory, initial_log_prob, path_log_prob, renoise, rollout
-from rtb_inverse.checks import check_choice, check_count, check_finite
+from rtb_inverse.checks import check_choice, check_count, check_finite, check_fraction
 from rtb_inverse.diagnostics import effective_draws, effective_sample_size, log_mean_weight, pareto_smooth, split_r_hat
 from rtb_inverse.distributions import GaussianStep, draw
 from rtb_inverse.particles import Particles, systematic
@@ -77,13 +78,11 @@ def smc(
         threshold: in [0, 1]; 0 never resamples, which is importance sampling.
 
     Returns:
-        Particles(x (n, B, *data_shape), log_w (n, B)), whose `log_z` is the estimate; its error is not known from one run. Info:
-        `evaluations`, and how many `resamplings` there were, (B,).
+        Particles(x (n, B, *data_shape), log_w (n, B)), whose `log_z` is the estimate; its error is not known from one run.
     """
     check_count("n", n, 2)
     check_choice("twist", twist, ("likelihood", "none"))
-    if not 0 <= threshold <= 1:
-        raise ValueError(f"threshold must be in [0, 1], got {threshold!r}")
+    check_fraction("threshold", threshold)
     y, prior = posterior.check_y(y), posterior.prior
     b = 1 if y is None else len(y)
     x = draw(posterior.initial((n, b)), generator)
@@ -91,7 +90,7 @@ def smc(
     times = posterior.times
     estimate = prior.denoise(x, times[0]) if shares or twist == "likelihood" else None
     psi = twist_log_likelihood(posterior, estimate, times[0], y) if twist == "likelihood" else x.new_zeros((n, b))
-    log_w, log_z, resamplings = psi, x.new_zeros(b), torch.zeros(b, dtype=torch.long, device=x.device)
+    log_w, log_z = psi, x.new_zeros(b)
     for k, (t, s) in enumerate(tqdm(pairwise(times), "particles", total=posterior.steps, disable=not progress, leave=False)):
         proposal = posterior.transition(x, t, s, y)
         step = prior.gaussian_step(x, estimate, t, s) if shares else prior.transition(x, t, s)
@@ -103,16 +102,38 @@ def smc(
             estimate = prior.denoise(x, s) if shares or twist == "likelihood" else None
             psi = twist_log_likelihood(posterior, estimate, s, y) if twist == "likelihood" else torch.zeros_like(psi)
         log_w = check_finite("weights of the particles", log_w + psi)
-        poor = effective_sample_size(log_w) < threshold * n
-        if k < posterior.steps - 1 and poor.any():
-            index = torch.where(poor, systematic(log_w, n, generator), torch.arange(n, device=x.device)[:, None])
-            pick = index, torch.arange(b, device=x.device)
-            x, psi = x[pick], psi[pick]
-            estimate = None if estimate is None else estimate[pick]
-            log_z = log_z + torch.where(poor, log_mean_weight(log_w), torch.zeros_like(log_z))
-            log_w = torch.where(poor, torch.zeros_like(log_w), log_w)
-            resamplings += poor
-    return Particles(posterior.decode(x), log_w + log_z, {"evaluations": float(posterior.steps), "resamplings": resamplings})
+        if k < posterior.steps - 1:
+            known = (x, psi) if estimate is None else (x, psi, estimate)
+            (x, psi, *rest), log_w, log_z = resample(known, log_w, log_z, threshold, generator)
+            estimate = rest[0] if rest else None
+    return Particles(posterior.decode(x), log_w + log_z, {"evaluations": float(posterior.steps)})
+
+
+def own_step(prior: Prior, x_t: Tensor, t: Tensor, s: Tensor, base: GaussianStep) -> Distribution:
+    """p(x_s | x_t), which is `base`, the Gaussian step around the prior's estimate, unless the prior has another transition. So one call
+    of the network gives both."""
+    return base if type(prior).transition is Prior.transition else prior.transition(x_t, t, s)
+
+
+def resample(
+    states: tuple[Tensor, ...], log_w: Tensor, log_z: Tensor, threshold: float, generator: Generator | None
+) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+    """Systematic resampling of the observations whose effective sample size is below threshold N.
+
+    Args:
+        states: tensors (N, B, ...). log_w: (N, B). log_z: (B,), the log of the mean weights so far.
+
+    Returns:
+        The states, their weights, and log_z; of an observation that was resampled, the weights are 0 and log_z took up their mean.
+    """
+    n, b = log_w.shape
+    poor = effective_sample_size(log_w) < threshold * n
+    if not poor.any():
+        return states, log_w, log_z
+    stay = torch.arange(n, device=log_w.device)[:, None]
+    pick = torch.where(poor, systematic(log_w, n, generator), stay), torch.arange(b, device=log_w.device)
+    log_z = log_z + torch.where(poor, log_mean_weight(log_w), torch.zeros_like(log_z))
+    return tuple(x[pick] for x in states), log_w.masked_fill(poor, 0.0), log_z
 
 
 def twist_log_likelihood(posterior: Posterior, estimate: Tensor, t: Tensor, y: Tensor | None) -> Tensor:

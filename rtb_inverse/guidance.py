@@ -127,7 +127,30 @@ class DenseGuidance(Guide):
         return Update((move @ basis.T).reshape(x_0.shape), shrink, basis)
 
 
-class CovarianceGuidance(Guide):
+class AffineGuide(Guide):
+    """A small affine operator as a matrix A (m, d), its offset, sigma^2 / beta, and the directions it sees."""
+
+    matrix: Tensor
+    offset: Tensor
+    noise_variance: Tensor
+    basis: Tensor | None
+
+    def __init__(self, problem: InverseProblem, beta: float):
+        super().__init__()
+        matrix, offset = affine(problem)
+        std = problem.noise.std.expand(problem.y_shape).flatten().double()
+        basis = seen_directions(problem, matrix, std)
+        for name, value in {"matrix": matrix, "offset": offset, "noise_variance": std**2 / beta, "basis": basis}.items():
+            self.register_buffer(name, value, persistent=False)
+        self.event_dim = len(problem.shape)
+
+    def residual(self, x_0: Tensor, y: Tensor) -> Tensor:
+        """y - A(x_0), (*batch, m)."""
+        matrix, offset = (c.to(x_0.device, x_0.dtype) for c in (self.matrix, self.offset))
+        return y.flatten(1) - offset - x_0.flatten(x_0.ndim - self.event_dim) @ matrix.T
+
+
+class CovarianceGuidance(AffineGuide):
     """A small affine operator and a known covariance C_t of the denoiser's error: the gain is C_t A^T (A C_t A^T + sigma^2)^{-1}. The
     variance shrinks element by element where A picks elements, else along the singular vectors of the whitened A.
 
@@ -136,19 +159,9 @@ class CovarianceGuidance(Guide):
         beta: inverse temperature of the likelihood.
     """
 
-    matrix: Tensor
-    offset: Tensor
-    noise_variance: Tensor
-    basis: Tensor | None
-
     def __init__(self, problem: InverseProblem, covariance: Callable[[Tensor], Tensor], beta: float = 1.0):
-        super().__init__()
-        matrix, offset = affine(problem)
-        std = problem.noise.std.expand(problem.y_shape).flatten().double()
-        basis = seen_directions(problem, matrix, std)
-        for name, value in {"matrix": matrix, "offset": offset, "noise_variance": std**2 / beta, "basis": basis}.items():
-            self.register_buffer(name, value, persistent=False)
-        self.event_dim, self.covariance = len(problem.shape), covariance
+        super().__init__(problem, beta)
+        self.covariance = covariance
         self._known: dict[float, tuple[Tensor, Tensor]] = {}
 
     def at(self, x_t, t):
@@ -171,12 +184,11 @@ class CovarianceGuidance(Guide):
         return self._known[float(t)]
 
     def forward(self, x_0, y, error, at=None):
-        matrix, offset = (c.to(x_0.device, x_0.dtype) for c in (self.matrix, self.offset))
-        residual = y.flatten(1) - offset - x_0.flatten(x_0.ndim - self.event_dim) @ matrix.T
+        residual = self.residual(x_0, y)
         times, which = at.unique(return_inverse=True)
         known = [self.gain(time) for time in times]
         gains, shrinks = [gain.to(x_0.device, x_0.dtype) for gain, _ in known], [shrink for _, shrink in known]
-        delta, rows = x_0.new_empty((*residual.shape[:-1], matrix.shape[1])), which.expand(residual.shape[:-1])
+        delta, rows = x_0.new_empty((*residual.shape[:-1], self.matrix.shape[1])), which.expand(residual.shape[:-1])
         for i, gain in enumerate(gains):  # one matrix product for all states of one time
             if len(gains) == 1:
                 delta = residual @ gain.T
@@ -188,26 +200,16 @@ class CovarianceGuidance(Guide):
         return Update(delta.reshape(x_0.shape), shrink.reshape(*at.shape, *x_0.shape[x_0.ndim - self.event_dim :]))
 
 
-class LocalGuidance(Guide):
+class LocalGuidance(AffineGuide):
     """A small affine operator and a prior whose covariance C(x_t) = Cov[x_0 | x_t] is cheap: exact where x_0 given x_t is Gaussian.
 
     Args:
         covariance: (x_t, t, A (m, d)) to C(x_t) A^T, (*batch, d, m).
     """
 
-    matrix: Tensor
-    offset: Tensor
-    noise_variance: Tensor
-    basis: Tensor | None
-
     def __init__(self, problem: InverseProblem, covariance: Callable[[Tensor, Tensor, Tensor], Tensor], beta: float = 1.0):
-        super().__init__()
-        matrix, offset = affine(problem)
-        std = problem.noise.std.expand(problem.y_shape).flatten()
-        basis = seen_directions(problem, matrix, std)
-        for name, value in {"matrix": matrix, "offset": offset, "noise_variance": std**2 / beta, "basis": basis}.items():
-            self.register_buffer(name, value, persistent=False)
-        self.event_dim, self.covariance = len(problem.shape), covariance
+        super().__init__(problem, beta)
+        self.covariance = covariance
 
     def at(self, x_t, t):
         """The gain C A^T (A C A^T + sigma^2)^{-1}, (*batch, d, m)."""
@@ -217,8 +219,7 @@ class LocalGuidance(Guide):
         return torch.linalg.solve(S, CA, left=False)
 
     def forward(self, x_0, y, error, at=None):
-        residual = y.flatten(1) - self.offset - x_0.flatten(x_0.ndim - self.event_dim) @ self.matrix.to(x_0.dtype).T
-        return Update((at @ residual[..., None])[..., 0].reshape(x_0.shape))
+        return Update((at @ self.residual(x_0, y)[..., None])[..., 0].reshape(x_0.shape))
 
 
 class GradientGuidance(Guide):

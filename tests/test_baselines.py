@@ -10,8 +10,8 @@ import torch
 from priors import GaussianMixturePrior
 from rtb_inverse import GaussianNoise, InverseProblem, Prior, Reward, VarianceExploding
 from rtb_inverse.baselines import dps, fps_smc, twisted
-from rtb_inverse.baselines.common import resample
 from rtb_inverse.baselines.dps import residual_step
+from rtb_inverse.corrections import resample
 from rtb_inverse.distributions import draw
 
 D = torch.float64

@@ -1,16 +1,12 @@
-"""What the rival methods share: checks of their arguments, a gradient through the prior's estimate of x_0, resampling."""
+"""What the rival methods share: checks of their arguments, a gradient through the prior's estimate of x_0."""
 
 from collections.abc import Callable
 
 import torch
-from torch import Generator, Tensor
-from torch.distributions import Distribution
+from torch import Tensor
 
 from rtb_inverse.chains import Prior
 from rtb_inverse.checks import check_count
-from rtb_inverse.diagnostics import effective_sample_size, log_mean_weight
-from rtb_inverse.distributions import GaussianStep
-from rtb_inverse.particles import systematic
 from rtb_inverse.problems import InverseProblem
 
 
@@ -32,13 +28,6 @@ def check_differentiable(method: str, problem: InverseProblem) -> None:
     """Raise ValueError where the operator has no gradient."""
     if not problem.differentiable:
         raise ValueError(f"problem must have a differentiable operator for {method}, got one whose output carries no gradient")
-
-
-def check_fraction(name: str, value: float) -> float:
-    """Return `value` if it is in [0, 1]; raise ValueError otherwise."""
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name} must be in [0, 1], got {value!r}")
-    return value
 
 
 @torch.enable_grad()
@@ -63,30 +52,3 @@ def estimate_and_gradient(
         parts.append((x_0.detach(), value.detach(), torch.autograd.grad(value.sum(), part)[0]))
     x_0, value, gradient = (torch.cat(column) for column in zip(*parts, strict=True))
     return x_0, value, gradient
-
-
-def own_step(prior: Prior, x_t: Tensor, t: Tensor, s: Tensor, base: GaussianStep) -> Distribution:
-    """p(x_s | x_t), which is `base`, the Gaussian step around the prior's estimate, unless the prior has another transition. So one call
-    of the network gives both."""
-    return base if type(prior).transition is Prior.transition else prior.transition(x_t, t, s)
-
-
-def resample(
-    states: tuple[Tensor, ...], log_w: Tensor, log_z: Tensor, threshold: float, generator: Generator | None
-) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
-    """Systematic resampling of the observations whose effective sample size is below threshold N.
-
-    Args:
-        states: tensors (N, B, ...). log_w: (N, B). log_z: (B,), the log of the mean weights so far.
-
-    Returns:
-        The states, their weights, and log_z; of an observation that was resampled, the weights are 0 and log_z took up their mean.
-    """
-    n, b = log_w.shape
-    poor = effective_sample_size(log_w) < threshold * n
-    if not poor.any():
-        return states, log_w, log_z
-    stay = torch.arange(n, device=log_w.device)[:, None]
-    pick = torch.where(poor, systematic(log_w, n, generator), stay), torch.arange(b, device=log_w.device)
-    log_z = log_z + torch.where(poor, log_mean_weight(log_w), torch.zeros_like(log_z))
-    return tuple(x[pick] for x in states), log_w.masked_fill(poor, 0.0), log_z

@@ -17,9 +17,10 @@ import torch
 from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
-from rtb_inverse.baselines.common import check_differentiable, estimate_and_gradient, own_step, prepare
+from rtb_inverse.baselines.common import check_differentiable, estimate_and_gradient, prepare
 from rtb_inverse.chains import Prior
 from rtb_inverse.checks import check_count, check_finite, check_positive
+from rtb_inverse.corrections import own_step
 from rtb_inverse.distributions import draw
 from rtb_inverse.particles import Particles
 from rtb_inverse.problems import GaussianNoise, InverseProblem

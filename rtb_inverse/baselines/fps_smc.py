@@ -27,9 +27,10 @@ from torch import Generator, Tensor
 from torch.distributions import Distribution
 from tqdm.auto import tqdm
 
-from rtb_inverse.baselines.common import check_fraction, own_step, prepare, resample
+from rtb_inverse.baselines.common import prepare
 from rtb_inverse.chains import Chain, Prior
-from rtb_inverse.checks import check_count, check_finite
+from rtb_inverse.checks import check_count, check_finite, check_fraction
+from rtb_inverse.corrections import own_step, resample
 from rtb_inverse.distributions import GaussianStep, draw
 from rtb_inverse.guidance import DENSE_LIMIT, affine
 from rtb_inverse.particles import Particles
