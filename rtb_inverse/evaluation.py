@@ -60,8 +60,8 @@ class Report:
         draws: the draws that were judged, (N, B, *data_shape), with their path weights.
         observations: those that were judged.
         seconds: wall time of the evaluation.
-        p_values: of tests that all is well: "sbc" (ranks of the truth among the draws, corrected for the number of elements) and "tarp"
-            (expected coverage), where x is known for at least 10 observations.
+        p_values: of tests that all is well: "sbc" (ranks of the truth among the draws, of each element, or of 32 random projections where
+            there are more; corrected for their number) and "tarp" (expected coverage), where x is known for at least 10 observations.
         ranks, coverage: what these tests looked at.
     """
 

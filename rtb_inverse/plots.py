@@ -75,7 +75,7 @@ def calibration_figure(log_w: Tensor, file: str | Path, ranks: Tensor | None = N
         bins = min(n + 1, 20)
         ax.hist(((ranks.flatten().cpu() + 0.5) / (n + 1)).numpy(), bins=bins, range=(0, 1), density=True)
         ax.axhline(1, color="k", ls=":", lw=1)
-        ax.set(xlabel="rank of the truth among the draws", ylabel="density", title="calibration, all elements")
+        ax.set(xlabel="rank of the truth among the draws", ylabel="density", title="calibration")
     ax = axes.pop(0)
     ax.hist((log_w - log_w.max(0).values).flatten().clamp_min(-50).cpu().numpy(), bins=50)
     ax.set(xlabel="log weight below the largest", ylabel="draws", title="path weights")
