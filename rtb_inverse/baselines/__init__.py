@@ -3,9 +3,10 @@
 (Conditional denoising on simulated pairs without RTB, "NPE", is `fit(posterior, warm_start=1.0)`.)
 """
 
+from rtb_inverse.baselines.deepinv_samplers import deepinv_sampler
 from rtb_inverse.baselines.dps import dps
 from rtb_inverse.baselines.fps_smc import fps_smc
 from rtb_inverse.baselines.reinforce import reinforce
 from rtb_inverse.baselines.twisted import twisted
 
-__all__ = ["dps", "fps_smc", "reinforce", "twisted"]
+__all__ = ["deepinv_sampler", "dps", "fps_smc", "reinforce", "twisted"]
