@@ -94,9 +94,11 @@ def deepinv_sampler(
     sizes = [len(part) for part in torch.arange(n).split(n if batch_size is None else check_count("batch_size", batch_size))]
 
     denoiser = Denoiser(prior, prior.schedule.times(steps))
-    run = {"diffpir": run_diffpir, "ddrm": run_ddrm}.get(name, run_sde)
+    methods: dict[str, Callable[..., Tensor]] = {"diffpir": run_diffpir, "ddrm": run_ddrm}
+    run = methods.get(name, run_sde)
     forward = Measurement.of(prior, problem, package)
-    parts = [run(package, name, denoiser, forward, flat(y, size), generator, steps, progress, **options) for size in sizes]
+    shared = package, name, denoiser, forward
+    parts = [run(*shared, flat(y, size), generator, steps, progress, **options) for size in sizes]
     x = torch.cat([part.reshape(size, len(y), *prior.shape) for part, size in zip(parts, sizes, strict=True)])
     x = prior.decode(check_finite(f"draws of {name}", x).to(**prior._options()))
     return Particles(x, x.new_zeros(x.shape[:2]), {"evaluations": denoiser.evaluations / len(sizes)})
@@ -201,7 +203,7 @@ class Denoiser:
     def __call__(self, x: Tensor, sigma: Tensor | float) -> Tensor:
         """x' (M, 1, 1, d) at noise levels s', a number or (M,) up to axes of 1; float64 out."""
         self.evaluations += 1
-        levels, which = (torch.as_tensor(sigma).double().flatten() * self.scale).unique(return_inverse=True)
+        levels, which = (torch.as_tensor(sigma, dtype=torch.float64).flatten() * self.scale).unique(return_inverse=True)
         t = torch.tensor([self.time(level) for level in levels.tolist()], dtype=torch.float64)[which.cpu()]
         t = t.expand(len(x)).to(x.device)
         alpha = self.prior.schedule.alpha_sigma(t)[0].reshape(-1, 1, 1, 1)
@@ -218,9 +220,9 @@ class Measurement:
     """The whitened measurement A in flat coordinates, (M, 1, 1, d) to (M, 1, 1, m), float64.
 
     Attributes:
-        problem: as it came; its operator is applied to decoded states.
-        apply: A. slope: its linear part over G; where A is not affine, None.
-        gain: G. make: deepinv's physics of slope, given its noise model.
+        apply: A, of decoded states. slope: its linear part over G; where A is not affine, None.
+        whiten: one over the noise's standard deviations, (1, 1, 1, m).
+        gain: G; 1 where A is not affine. make: deepinv's physics of the slope, given its noise model.
     """
 
     apply: Callable[[Tensor], Tensor]
