@@ -189,6 +189,28 @@ def test_the_units_are_the_priors():
     assert abs(denoiser.spread / (SCALE * 0.9**0.5) - 1) < 0.1
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_the_denoiser_is_called_on_the_schedule(name, monkeypatch):
+    """At the very times of the prior's grid, in order (the first stands in for pure noise); DiffPIR at a choice of its own."""
+    prior, times = gaussian(steps=9), []
+    denoise = prior.denoise
+    monkeypatch.setattr(prior, "denoise", lambda x, t: times.append(float(t.flatten()[0])) or denoise(x, t))
+    deepinv_sampler(name, prior, linear(), torch.tensor([[12.0]], dtype=D), 3, seeded())
+    seen = times[-9:]
+    if name == "diffpir":
+        assert seen == sorted(seen, reverse=True) and all(t == int(t) for t in seen[1:])
+    else:
+        assert seen[1:] == prior.times[1:-1].tolist()
+    assert 998 < seen[0] < 999
+
+
+def test_ddrm_uses_data_noisier_than_the_prior():
+    """deepinv takes them for unseen where the noise is above 1 in its units."""
+    prior = gaussian()
+    low, high = (deepinv_sampler("ddrm", prior, linear(20.0), torch.tensor([[y]], dtype=D), 50, seeded()).x for y in (0.0, 60.0))
+    assert float((high - low)[..., 0].min()) > 0.1
+
+
 # The measurement
 
 
