@@ -1,5 +1,5 @@
-"""How close the trained posterior is to exact ones: a mixture of 25 Gaussians in 2, 10 and 40 dimensions with a random linear operator
-to 1 or 2 dimensions, and y = |x| + noise in 2-D.
+"""How close the trained posterior is to exact ones (`tasks.exact`): by default a mixture of 25 Gaussians in 2, 10 and 40 dimensions with a
+random linear operator to 1 or 2 dimensions, and y = |x| + noise in 2-D.
 
     python benchmarks/exact_posteriors.py [--problems gmm2 gmm10 gmm40 abs2] [--methods ...] [--seconds 150] [--seeds 3]
 
@@ -19,10 +19,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from priors import GaussianMixturePrior
-from rtb_inverse import GaussianNoise, InverseProblem, Posterior, fit, importance, path_log_prob, rollout
+from rtb_inverse import Posterior, fit, importance, path_log_prob, rollout
 from rtb_inverse.chains import Prior
 from rtb_inverse.diagnostics import Estimate, effective_sample_size, sliced_wasserstein
+from rtb_inverse.schedules import expand
+from tasks.exact import EXACT_PROBLEMS, ExactProblem, LinearProblem, exact_problem
 
 BACKTRACKING = {"on_policy": 0.5, "replay": 0.25, "simulated": 0.25}
 METHODS = {  # start, and options of `fit`; None: not trained
@@ -48,7 +49,8 @@ class Oracle(Prior):
         for t in self.times[:-1]:
             noise = torch.randn(x_0.shape, generator=generator)
             error = (exact.denoise(self.schedule.add_noise(x_0, noise, t), t) - x_0).double().square()
-            self.table[float(t)] = error.mean((0, 2))[:, None].expand(x_0.shape[1:])  # (B, d), one level for each y
+            level = error.flatten(2).mean((0, 2))  # one for each y
+            self.table[float(t)] = expand(level, x_0[0]).expand(x_0.shape[1:])
 
     def initial(self, sample_shape):
         return self.exact.initial(sample_shape)
@@ -60,68 +62,16 @@ class Oracle(Prior):
         return self.table[float(t)]
 
 
-@dataclass
-class Problem:
-    """A prior, a problem, and for each observation exact draws and the exact evidence."""
-
-    prior: GaussianMixturePrior
-    problem: InverseProblem
-
-    def exact(self, y: Tensor) -> tuple[GaussianMixturePrior, Tensor]:
-        matrix = self.problem.operator.matrix
-        return self.prior.posterior(matrix, self.problem.noise.std, y), self.prior.log_evidence(matrix, self.problem.noise.std, y)
-
-    def exact_draws(self, y: Tensor, n: int, generator) -> Tensor:
-        return self.exact(y)[0].distribution.sample((n,), generator)
-
-    def log_evidence(self, y: Tensor) -> Tensor:
-        return self.exact(y)[1]
-
-    def oracle_ess(self, y: Tensor, n: int, generator) -> Tensor | None:
-        oracle = Oracle(self.exact(y)[0], generator)
-        paths = rollout(oracle, n, y, generator)
-        log_w = path_log_prob(self.prior, paths, 16384) + self.problem.log_likelihood(paths.x_0, y) - paths.log_prob
-        return effective_sample_size(log_w) / n
-
-
-class AbsProblem(Problem):
-    """y = |x| + noise, element by element: for each orthant of signs, a Gaussian mixture cut to it; the exact posterior by a fine grid."""
-
-    cells, reach = 800, 16.0
-
-    def _grid(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        if not hasattr(self, "grid"):
-            axis = (torch.arange(self.cells) + 0.5) / self.cells * 2 * self.reach - self.reach
-            self.grid = torch.cartesian_prod(axis, axis)
-            self.log_p = torch.cat([self.prior.distribution.log_prob(part) for part in self.grid.split(65536)])
-        return self.grid, self.log_p[:, None] + self.problem.log_likelihood(self.grid[:, None], y)
-
-    def exact_draws(self, y, n, generator):
-        draws = []
-        for one in y.split(1):
-            grid, log_joint = self._grid(one)
-            pick = torch.multinomial(log_joint[:, 0].softmax(0), n, replacement=True, generator=generator)
-            jitter = torch.rand((n, 2), generator=generator) - 0.5
-            draws.append(grid[pick] + jitter * 2 * self.reach / self.cells)
-        return torch.stack(draws, 1)
-
-    def log_evidence(self, y):
-        area = torch.tensor((2 * self.reach / self.cells) ** 2)
-        return torch.cat([self._grid(one)[1].logsumexp(0) + area.log() for one in y.split(1)])
-
-    def oracle_ess(self, y, n, generator):
+def oracle_ess(exact: ExactProblem, y: Tensor, n: int, generator) -> Tensor | None:
+    """Known where the exact posterior is a chain."""
+    if not isinstance(exact, LinearProblem):
         return None
+    paths = rollout(Oracle(exact.posterior(y), generator), n, y, generator)
+    log_w = path_log_prob(exact.prior, paths, 16384) + exact.problem.log_likelihood(paths.x_0, y) - paths.log_prob
+    return effective_sample_size(log_w) / n
 
 
-def make_problem(name: str, steps: int = 40) -> Problem:
-    if name == "abs2":
-        return AbsProblem(GaussianMixturePrior.random(2, steps=steps), InverseProblem(torch.abs, GaussianNoise(0.5)))
-    d = int(name.removeprefix("gmm"))
-    matrix = torch.randn((1 if d == 2 else 2, d), generator=torch.Generator().manual_seed(1)) / d**0.5
-    return Problem(GaussianMixturePrior.random(d, steps=steps), InverseProblem(matrix, GaussianNoise(0.5)))
-
-
-def train(problem: Problem, method: str, seconds: float, seed: int) -> tuple[Posterior, float, int]:
+def train(problem: ExactProblem, method: str, seconds: float, seed: int) -> tuple[Posterior, float, int]:
     """Train for about that many CPU-seconds: the speed of each phase is measured on a few steps first."""
     start_at, options = METHODS[method]
 
@@ -157,13 +107,12 @@ class Reference:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, problem: Problem, observations: int, n: int, floor_n: int) -> "Reference":
+    def of(cls, problem: ExactProblem, observations: int, n: int, floor_n: int) -> "Reference":
         generator = torch.Generator().manual_seed(12345)
-        bound = problem.problem.bind(problem.prior.shape)
-        y = bound.simulate(problem.prior.sample(observations, generator), generator)
-        one, two = (problem.exact_draws(y, floor_n, generator) for _ in range(2))
+        y = problem.problem.simulate(problem.prior.sample(observations, generator), generator)
+        one, two = (problem.draws(y, floor_n, generator) for _ in range(2))
         floor = sliced_wasserstein(one, two, generator=generator)
-        return cls(y, one, floor, problem.oracle_ess(y, n, generator), problem.log_evidence(y))
+        return cls(y, one, floor, oracle_ess(problem, y, n, generator), problem.log_evidence(y))
 
 
 def judge(posterior: Posterior, reference: Reference, n: int) -> dict[str, Estimate | float]:
@@ -183,7 +132,7 @@ def judge(posterior: Posterior, reference: Reference, n: int) -> dict[str, Estim
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--problems", nargs="+", default=["gmm2", "gmm10", "gmm40", "abs2"])
+    parser.add_argument("--problems", nargs="+", default=["gmm2", "gmm10", "gmm40", "abs2"], choices=list(EXACT_PROBLEMS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--seconds", type=float, default=150.0)
     parser.add_argument("--seeds", type=int, default=1)
@@ -200,7 +149,7 @@ def main() -> None:
     )
     print("|---|---|---|---|---|---|---|---|---|---|---|", flush=True)
     for name in args.problems:
-        problem = make_problem(name)
+        problem = exact_problem(name)
         reference = Reference.of(problem, args.observations, n=2048, floor_n=1024)
         for method in args.methods:
             for seed in range(1 if METHODS[method][1] is None else args.seeds):

@@ -18,37 +18,16 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
-from exact_posteriors import COMMON, AbsProblem, Problem, make_problem
-from torch import Tensor, nn
+from exact_posteriors import COMMON
+from torch import Tensor
 
-from priors import GaussianMixturePrior
-from rtb_inverse import InverseProblem, Posterior, fit, importance, refine, renoise_mcmc, smc
+from rtb_inverse import Posterior, fit, importance, refine, renoise_mcmc, smc
 from rtb_inverse.baselines import dps, fps_smc, twisted
 from rtb_inverse.diagnostics import interval_coverage, sliced_wasserstein
 from rtb_inverse.particles import Particles
+from tasks.exact import EXACT_PROBLEMS, exact_problem
 
 ZETAS = (0.03, 0.1, 0.3, 1.0)
-
-
-class Poisson(nn.Module):
-    """y ~ Poisson(rate), the rate being the operator's output."""
-
-    def sample(self, clean, generator):
-        return torch.poisson(clean, generator=generator)
-
-    def log_prob(self, clean, y, event_dim):
-        log_p = y * clean.log() - clean - (y + 1).lgamma()
-        return log_p.flatten(log_p.ndim - event_dim).sum(-1)
-
-
-def counts(x: Tensor) -> Tensor:
-    return 0.5 + 2 * nn.functional.softplus(x)
-
-
-def problem_of(name: str) -> Problem:
-    if name == "poisson2":
-        return AbsProblem(GaussianMixturePrior.random(2, steps=40), InverseProblem(counts, Poisson()))
-    return make_problem(name)
 
 
 @dataclass
@@ -77,11 +56,11 @@ class Bench:
 
     def __init__(self, name: str, observations: int, draws: int, seed: int = 12345):
         self.name, self.n, generator = name, draws, torch.Generator().manual_seed(seed)
-        self.problem = problem_of(name)
-        self.prior, self.model = self.problem.prior, self.problem.problem.bind(self.problem.prior.shape)
+        self.problem = exact_problem(name)
+        self.prior, self.model = self.problem.prior, self.problem.problem
         self.x = self.prior.sample(observations, generator)
         self.y = self.model.simulate(self.x, generator)
-        self.exact, other = (self.problem.exact_draws(self.y, draws, generator) for _ in range(2))
+        self.exact, other = (self.problem.draws(self.y, draws, generator) for _ in range(2))
         self.floor = sliced_wasserstein(self.exact, other, generator=generator)
         self.log_z = self.problem.log_evidence(self.y)
 
@@ -149,7 +128,7 @@ def rows(bench: Bench, seconds: float, seed: int):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--problems", nargs="+", default=["gmm2", "gmm10", "gmm40", "abs2", "poisson2"])
+    parser.add_argument("--problems", nargs="+", default=["gmm2", "gmm10", "gmm40", "abs2", "poisson2"], choices=list(EXACT_PROBLEMS))
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--observations", type=int, default=20)

@@ -37,6 +37,27 @@ def from_basis(z: Tensor, basis: Tensor) -> Tensor:
     return z.flatten(-2) @ basis.transpose(1, 2).flatten(0, 1)
 
 
+def default_schedule() -> Schedule:
+    """The variance-preserving scaled linear one, which has many steps at the high noise where a mixture of far modes decides among them,
+    rescaled to end in pure noise."""
+    return VariancePreserving(
+        beta_schedule="scaled_linear", timestep_spacing="trailing", prediction_type="sample", rescale_betas_zero_snr=True
+    )
+
+
+def save_analytic(prior: Prior, folder: str | Path, **options) -> None:
+    """Write the tensors (safetensors) of a prior without network, its schedule and the other options of its constructor (JSON)."""
+    content = {"_class_name": type(prior).__name__, "schedule": prior.schedule.config(), "options": options}
+    write_json(content, Path(folder) / "config.json")
+    save_tensors(prior.state_dict(), Path(folder) / WEIGHTS)
+
+
+def read_analytic(folder: str | Path) -> tuple[dict[str, Tensor], dict]:
+    """What `save_analytic` wrote: tensors, and options with the schedule among them."""
+    config = read_json(Path(folder) / "config.json")
+    return load_weights(Path(folder) / WEIGHTS), {**config["options"], "schedule": schedule_from_config(config["schedule"])}
+
+
 class GaussianMixture(SeededDistribution):
     """sum_j softmax(logits)_j N(Q_j c_j, Q_j diag(scale_j^2) Q_j^T).
 
@@ -86,8 +107,7 @@ class GaussianMixturePrior(Prior):
 
     Args:
         weights: (*batch, J), > 0; normalised here. means: (*batch, J, d). covariances: (*batch, J, d, d) or (J, d, d), positive definite.
-        schedule: by default the variance-preserving scaled linear one, which has many steps at the high noise where a mixture of far modes
-            decides among them, rescaled to end in pure noise.
+        schedule: by default `default_schedule()`.
         steps: K.
 
     A leading batch (as `posterior` makes for several observations) must match the last batch axes of the states.
@@ -106,10 +126,7 @@ class GaussianMixturePrior(Prior):
         self, weights: Tensor, means: Tensor, covariances: Tensor, schedule: Schedule | None = None, steps: int = 40, eta: float = 1.0,
         variance: str = "analytic", min_std: float = 1e-3,
     ):  # fmt: skip
-        if schedule is None:
-            schedule = VariancePreserving(
-                beta_schedule="scaled_linear", timestep_spacing="trailing", prediction_type="sample", rescale_betas_zero_snr=True
-            )
+        schedule = default_schedule() if schedule is None else schedule
         if means.ndim < 2 or weights.shape != means.shape[:-1]:
             raise ValueError(
                 f"weights must have shape (*batch, J) and means (*batch, J, d), got {tuple(weights.shape)} and {tuple(means.shape)}"
@@ -230,19 +247,14 @@ class GaussianMixturePrior(Prior):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the mixture (safetensors) and its chain's options."""
-        options = {"steps": self.steps, "eta": self.eta, "variance": self.variance, "min_std": self.min_std}
-        write_json(
-            {"_class_name": type(self).__name__, "schedule": self.schedule.config(), "options": options}, Path(folder) / "config.json"
-        )
-        save_tensors(self.state_dict(), Path(folder) / WEIGHTS)
+        save_analytic(self, folder, steps=self.steps, eta=self.eta, variance=self.variance, min_std=self.min_std)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "GaussianMixturePrior":
         """Load what `save_pretrained` wrote."""
-        config, tensors = read_json(Path(folder) / "config.json"), load_weights(Path(folder) / WEIGHTS)
+        tensors, options = read_analytic(folder)
         covariances = (tensors["basis"] * tensors["eigenvalues"][..., None, :]) @ tensors["basis"].mT
-        schedule = schedule_from_config(config["schedule"])
-        prior = cls(tensors["log_weights"].exp(), tensors["means"], covariances, schedule, **config["options"])
+        prior = cls(tensors["log_weights"].exp(), tensors["means"], covariances, **options)
         load_into(prior, tensors, Path(folder) / WEIGHTS)  # the very eigenvectors, so that densities are equal to the last bit
         return prior
 

@@ -128,6 +128,10 @@ class Prior(Chain):
         scaled = expand(sigma**2 / alpha.clamp_min(1e-6), x_t) * torch.stack(columns)
         return scaled.flatten(x_t.ndim + 1 - len(self.shape)).movedim(0, -1)
 
+    def gaussian_covariance(self) -> Tensor | None:
+        """Cov[x_0], (d, d), float64, where x_0 is Gaussian and `denoise` exact: then one guide is exact (`GaussianGuidance`); else None."""
+        return None
+
     def transition(self, x_t, t, s, y=None):
         return self.gaussian_step(x_t, self.denoise(x_t, t), t, s)
 

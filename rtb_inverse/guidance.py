@@ -7,7 +7,7 @@ Take x_0 ~ N(x0hat, r^2) (the denoiser's error) and y = A(x_0) + sigma n. The Ga
 and it leaves the variance r^2 sigma^2 / (r^2 s^2 + sigma^2) along a singular vector of J with singular value s. It needs no
 derivative of the network. (The estimate of Song et al. 2023, PiGDM, without its network Jacobian.) Where the whole covariance C_t of
 the error is known, it stands in place of r^2 I: then what is seen moves what is not. Where the prior is cheap, it is that of the very
-state, C(x_t) (Boys et al. 2023, arXiv 2310.06721).
+state, C(x_t) (Boys et al. 2023, arXiv 2310.06721); where x_0 is Gaussian, the whole of what is left is known and the guided chain is exact.
 
 A guide is called in two parts: `at` says once what is known of a state, and `forward` moves any estimate there.
 """
@@ -45,7 +45,9 @@ class Update:
 
 
 class Guide(nn.Module):
-    """Moves an estimate of x_0 by y."""
+    """Moves an estimate of x_0 by y. `exact`: what is left of the variance is known too, in all directions."""
+
+    exact = False
 
     def at(self, x_t: Tensor, t: Tensor) -> Any:
         """What `forward` has to know of a state besides the error r_t^2."""
@@ -222,6 +224,40 @@ class LocalGuidance(AffineGuide):
         return Update((at @ self.residual(x_0, y)[..., None])[..., 0].reshape(x_0.shape))
 
 
+class GaussianGuidance(AffineGuide):
+    """A small affine operator and a Gaussian prior N(m, C): the steps are those of the exact posterior chain. With
+    C_y = (C^{-1} + A^T A / sigma^2)^{-1} = V diag(c) V^T, what is left once x_t is seen too has the same eigenvectors at all times,
+
+        Cov[x_0 | x_t, y] = V diag(c sigma_t^2 / (alpha_t^2 c + sigma_t^2)) V^T,
+
+    and the gain is Cov[x_0 | x_t, y] A^T / sigma^2.
+    """
+
+    exact = True
+    variance: Tensor
+    pull: Tensor
+
+    def __init__(self, problem: InverseProblem, prior: Prior, beta: float = 1.0):
+        super().__init__(problem, beta)
+        self.schedule = prior.schedule
+        A, C = self.matrix.double(), prior.gaussian_covariance()
+        gain = torch.linalg.solve(A @ C @ A.T + torch.diag(self.noise_variance), A @ C).T
+        left = C - gain @ A @ C
+        variance, self.basis = torch.linalg.eigh((left + left.T) / 2)
+        self.register_buffer("variance", variance.clamp_min(1e-12), persistent=False)
+        self.register_buffer("pull", self.basis.T @ A.T / self.noise_variance, persistent=False)
+
+    def at(self, x_t, t):
+        """Eigenvalues of Cov[x_0 | x_t, y], (*t.shape, d)."""
+        alpha, sigma = (c[..., None] for c in self.schedule.alpha_sigma(t.to(self.variance.device)))
+        return self.variance * sigma**2 / (alpha**2 * self.variance + sigma**2)
+
+    def forward(self, x_0, y, error, at=None):
+        basis, pull, level = self.basis.to(x_0.dtype), self.pull.to(x_0.dtype), at.mean(-1)
+        delta = (self.residual(x_0, y) @ pull.T * at.to(x_0.dtype)) @ basis.T
+        return Update(delta.reshape(x_0.shape), at / level[..., None], basis, level)
+
+
 class GradientGuidance(Guide):
     """Any differentiable operator: the update by a few steps of conjugate gradients on
     (r^-2 + J^T J / sigma^2) delta = J^T (y - A) / sigma^2, with products by J and J^T only. One step is the likelihood's gradient with
@@ -306,6 +342,8 @@ def covariance_guidance(problem: InverseProblem, prior: Prior, beta: float) -> G
     if prior.decodes or not isinstance(problem.noise, GaussianNoise) or not problem.linear:
         return None
     size = problem.shape.numel() * problem.y_shape.numel()
+    if size <= COVARIANCE_LIMIT and prior.gaussian_covariance() is not None:
+        return GaussianGuidance(problem, prior, beta)
     if prior.exact_reversal and size <= LOCAL_LIMIT:
         return LocalGuidance(problem, prior.local_covariance, beta)
     if size > COVARIANCE_LIMIT or prior.denoiser_covariance(prior.times[0]) is None:

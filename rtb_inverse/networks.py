@@ -144,11 +144,11 @@ class ResidualBlock(nn.Module):
 
 
 class ResidualMLP(nn.Module):
-    """For x in R^d: x0hat = prior.denoise(x_t, t) + r_t f, where f sees Fourier features of x_t, of that estimate, of the same estimate
-    moved by the data, and of y, each scaled by its own spread.
+    """For a prior without a network: x0hat = prior.denoise(x_t, t) + r_t f, where f sees Fourier features of x_t, of that estimate, of the
+    same estimate moved by the data, and of y, each flattened and scaled by its own spread.
 
     Args:
-        d: dimension of x. m: of the condition.
+        d: number of elements of x. m: of the condition.
         x_mean, x_std, y_mean, y_std: means and spreads, (d,) and (m,).
     """
 
@@ -174,18 +174,21 @@ class ResidualMLP(nn.Module):
         return prior.denoise(x_t, t), gaussian_error(prior, t) if error is None else error
 
     def forward(self, prior: Prior, x_t: Tensor, t: Tensor, condition: Tensor, move: Tensor | None, x_0: Tensor) -> tuple[Tensor, Tensor]:
+        shape, event_dim = x_t.shape, len(prior.shape)
+        x_t, x_0 = x_t.flatten(-event_dim), x_0.flatten(-event_dim)
+        move = torch.zeros_like(x_t) if move is None else move.flatten(-event_dim)
         alpha, sigma = (c.to(x_t.device, x_t.dtype).expand(x_t.shape[:-1])[..., None] for c in prior.schedule.alpha_sigma(t))
         error = prior.denoiser_error(t)
-        r = sigma / (alpha**2 + sigma**2).sqrt() if error is None else error.sqrt().to(x_t.device, x_t.dtype)
-        move = torch.zeros_like(x_t) if move is None else move
-        y = ((condition - self.y_mean) / self.y_std).expand(*x_t.shape[:-1], condition.shape[-1])
+        r = sigma / (alpha**2 + sigma**2).sqrt() if error is None else error.flatten(-event_dim).sqrt().to(x_t.device, x_t.dtype)
+        y = (condition.flatten(1) - self.y_mean) / self.y_std
         scaled = (x_t - alpha * self.x_mean) / (alpha**2 * self.x_std**2 + sigma**2).sqrt()
-        estimates = [scaled, (x_0 - self.x_mean) / self.x_std, (x_0 + r * move - self.x_mean) / self.x_std, y]
+        estimates = [scaled, (x_0 - self.x_mean) / self.x_std, (x_0 + r * move - self.x_mean) / self.x_std]
+        estimates.append(y.expand(*x_t.shape[:-1], y.shape[-1]))
         log_snr = (sigma / alpha.clamp_min(1e-6)).log() / 4
         time = torch.cat([(log_snr * f).sin() for f in (0.25, 0.5, 1, 2)] * 2 + [(log_snr * f).cos() for f in (0.25, 0.5, 1, 2)] * 2, -1)
         h = self.first(torch.cat([fourier(e, self.octaves) for e in estimates] + [move / (1 + move.abs()), time], -1))
         shift, log_scale = self.last(nn.functional.silu(self.blocks(h))).chunk(2, -1)
-        return x_0 + r * shift, log_scale
+        return (x_0 + r * shift).reshape(shape), log_scale.reshape(shape)
 
 
 class LogZ(nn.Module):

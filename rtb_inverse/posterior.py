@@ -16,6 +16,7 @@ from rtb_inverse.problems import InverseProblem, Reward
 from rtb_inverse.references import References
 from rtb_inverse.schedules import expand
 
+WAVES_LIMIT = 128  # elements of an x whose Fourier features a perceptron sees
 LIKELIHOOD_CHUNK = 2**24  # elements of y that the references are compared with at once
 
 
@@ -61,7 +62,7 @@ class Posterior(Chain):
         self.guide = covariance_guidance(problem, prior, beta) or guidance(
             problem, prior.decode if prior.decodes else None, len(prior.shape)
         )
-        references = prior.exact_reversal and self.amortised
+        references = prior.exact_reversal and self.amortised and not (self.guide is not None and self.guide.exact)
         can_guide = self.guide is not None or references
         self.start = check_choice("start", start or ("guided" if can_guide else "prior"), ("guided", "prior"))
         if self.start == "guided" and not can_guide:
@@ -95,15 +96,14 @@ class Posterior(Chain):
     def _network(self, condition: Tensor | None) -> nn.Module:
         if getattr(self.prior, "network", None) is not None:
             return ConditionalUNet(self.prior, 0 if condition is None else condition.shape[1], self.lora_rank)
-        if len(self.shape) != 1:
-            raise ValueError(f"a prior without a network needs x of shape (d,), got {tuple(self.shape)}; pass Posterior(network=...)")
         generator = torch.Generator(self.gate.device).manual_seed(0)
         x = self.prior.sample(512, generator)
         y = torch.zeros((512, 0), **self.prior._options())
         if self.amortised:
-            y = self.problem.condition(self.problem.simulate(self.prior.decode(x), generator))
-        y_std = y.std(0) if self.amortised else y[0]
-        return ResidualMLP(x.mean(0), x.std(0) + 1e-6, y.mean(0), y_std + 1e-6, self.width)
+            y = self.problem.condition(self.problem.simulate(self.prior.decode(x), generator)).flatten(1)
+        y_std, x = y.std(0) if self.amortised else y[0], x.flatten(1)
+        octaves = 3 if x.shape[1] <= WAVES_LIMIT else 0
+        return ResidualMLP(x.mean(0), x.std(0) + 1e-6, y.mean(0), y_std + 1e-6, self.width, octaves=octaves)
 
     def _measured_references(self) -> References:
         def guided(x_t, t, y):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, UNet1DModel, UNet2DModel
 
-from priors import DiffusersPrior, GaussianMixturePrior
+from priors import DiffusersPrior, GaussianMixturePrior, GaussianPrior
 from rtb_inverse.chains import Prior
 from rtb_inverse.schedules import FlowMatching, VarianceExploding, VariancePreserving, expand
 
@@ -18,7 +18,7 @@ SCHEDULES = {
     "ve": VarianceExploding(sigma_min=0.05, sigma_max=20.0),
     "flow": FlowMatching(shift=2.0),
 }
-PRIORS = ("mixture", "unet2d", "unet1d")
+PRIORS = ("mixture", "gaussian", "unet2d", "unet1d")
 
 
 def make_network(kind: str) -> torch.nn.Module:
@@ -57,6 +57,14 @@ def make_mixture(d: int = 3, components: int = 4, steps: int = 4, seed: int = 0,
     return GaussianMixturePrior.random(d, components, seed, torch.float64, steps=steps, **options)
 
 
+def make_gaussian(shape=(1, 2, 2), steps: int = 4, seed: int = 0, **options) -> GaussianPrior:
+    """A full covariance with eigenvalues in [0.1, 1.1]."""
+    generator, d = torch.Generator().manual_seed(seed), torch.Size(shape).numel()
+    Q = torch.linalg.qr(torch.randn((d, d), generator=generator, dtype=torch.float64))[0]
+    covariance = (Q * (0.1 + torch.rand(d, generator=generator, dtype=torch.float64))) @ Q.T
+    return GaussianPrior(torch.randn(shape, generator=generator, dtype=torch.float64), covariance, steps=steps, **options)
+
+
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
@@ -64,11 +72,13 @@ def generator() -> torch.Generator:
 
 @pytest.fixture
 def make_prior():
-    """make_prior(kind, schedule=None, steps=4, **options): mixtures in float64, networks in float32 unless `dtype` is given."""
+    """make_prior(kind, schedule=None, steps=4, **options): analytic ones in float64, networks in float32 unless `dtype` is given."""
 
     def make(kind: str, schedule=None, steps: int = 4, **options):
         if kind == "mixture":
             return make_mixture(schedule=schedule, steps=steps, **options)
+        if kind == "gaussian":
+            return make_gaussian(schedule=schedule, steps=steps, **options)
         return make_diffusers_prior(kind, schedule, steps, **options)
 
     return make

@@ -190,7 +190,7 @@ def test_the_gradient_of_the_twist_helps():
 # All of them
 
 
-@pytest.mark.parametrize("kind", ["mixture", "unet2d", "unet1d"])
+@pytest.mark.parametrize("kind", ["mixture", "gaussian", "unet2d", "unet1d"])
 @pytest.mark.parametrize("method", [dps, fps_smc, twisted])
 def test_every_prior_runs_and_seeds_repeat(method, kind, make_prior):
     prior = make_prior(kind, steps=2)

@@ -8,14 +8,15 @@ import torch
 from torch import nn
 
 from rtb_inverse.chains import Prior, Trajectory, path_log_prob, renoise, rollout
-from rtb_inverse.guidance import CovarianceGuidance, GradientGuidance, LocalGuidance
+from rtb_inverse.guidance import CovarianceGuidance, GaussianGuidance, GradientGuidance, LocalGuidance
 from rtb_inverse.networks import ConditionalUNet, ResidualMLP
 from rtb_inverse.particles import Particles
 from rtb_inverse.posterior import Posterior
 from rtb_inverse.problems import GaussianNoise, InverseProblem, Reward
 from rtb_inverse.schedules import FlowMatching, expand
 
-KINDS = ("unet2d", "unet1d", "mixture")
+KINDS = ("unet2d", "unet1d", "mixture", "gaussian")
+EXACT = ("mixture", "gaussian")  # in float64, with a perceptron
 B = 3
 
 
@@ -82,7 +83,7 @@ def test_prior_start_is_the_prior_bit_for_bit(kind, problem, make_prior, generat
             theirs = prior.gaussian_step(x_t, prior.denoise(x_t, t), t, s)
         assert torch.equal(own.mean, theirs.mean)
         assert torch.equal(own.stddev, theirs.stddev)
-        if kind == "mixture":  # whose own transition has the same mean, by another road
+        if kind in EXACT:  # whose own transition has the same mean, by another road
             torch.testing.assert_close(own.mean, prior.transition(x_t, t, s).mean)
         else:
             assert torch.equal(own.mean, prior.transition(x_t, t, s).mean)
@@ -104,7 +105,7 @@ def test_prior_start_has_the_priors_path_density(kind, make_prior, generator):
 def test_guided_is_the_default_where_the_operator_allows_it(kind, problem, start, make_prior):
     prior = make_prior(kind)
     posterior = Posterior(prior, problem(prior), width=16)
-    if kind == "mixture" and problem is rounded:
+    if kind in EXACT and problem is rounded:
         start = "guided"  # by references
     assert posterior.start == start
     own = {id(posterior.log_scale)} | ({id(posterior.gate)} if start == "guided" else set())
@@ -127,7 +128,8 @@ def test_guided_start_moves_the_estimate_by_the_update(kind, problem, make_prior
         x_0, log_scale, _ = posterior.denoise(x_t, t, y)
         plain = prior.denoise(x_t, t)
         guide = posterior.guide
-        assert isinstance(guide, GradientGuidance if problem is squared else LocalGuidance if kind == "mixture" else CovarianceGuidance)
+        linear = {"mixture": LocalGuidance, "gaussian": GaussianGuidance}.get(kind, CovarianceGuidance)
+        assert isinstance(guide, GradientGuidance if problem is squared else linear)
         move = guide(plain, y, prior.denoiser_error(t), guide.at(x_t, t)).delta
     assert torch.equal(x_0, plain + move) and float(move.abs().max()) > 1e-3
     assert torch.equal(torch.as_tensor(log_scale), torch.zeros_like(torch.as_tensor(log_scale)))
@@ -145,7 +147,7 @@ def test_scales_gates_and_log_z_start_neutral(kind, make_prior, generator):
     y = observations(posterior.problem, prior, generator)
     assert torch.equal(posterior.log_evidence(y), torch.zeros(B, dtype=y.dtype))
     assert all(float(p.detach().abs().max()) == 0 for p in added(posterior)) and added(posterior)
-    if kind != "mixture":  # the input gate of a guided start: the variance of x_0 ~ N(0, I) given x_t
+    if kind not in EXACT:  # the input gate of a guided start: the variance of x_0 ~ N(0, I) given x_t
         alpha, sigma = prior.schedule.alpha_sigma(prior.times[:-1].flip(0))
         torch.testing.assert_close(posterior.network.input_gate.detach(), (sigma**2 / (alpha**2 + sigma**2)).to(y.dtype))
         unguided = Posterior(prior, matrix_problem(prior), start="prior")
@@ -259,7 +261,7 @@ def test_the_log_scale_head_scales_elements(kind, make_prior, generator):
 @pytest.mark.parametrize("problem", [matrix_problem, squared])
 @pytest.mark.parametrize("kind", KINDS)
 def test_many_observations_are_one_at_a_time(kind, problem, start, make_prior, generator):
-    prior = make_prior(kind, dtype=torch.float64) if kind != "mixture" else make_prior(kind)
+    prior = make_prior(kind, dtype=torch.float64) if kind not in EXACT else make_prior(kind)
     posterior = Posterior(prior, problem(prior), start=start, width=16)
     perturb([*added(posterior), posterior.gate, posterior.log_scale, *posterior.log_z.parameters()], generator)
     y = observations(posterior.problem, prior, generator)
@@ -320,7 +322,8 @@ def test_gradients_reach_all_that_is_trained_and_not_the_prior(kind, make_prior,
     assert not shared
 
 
-@pytest.mark.parametrize("kind, network", [("unet2d", ConditionalUNet), ("unet1d", ConditionalUNet), ("mixture", ResidualMLP)])
+@pytest.mark.parametrize("kind, network", [("unet2d", ConditionalUNet), ("unet1d", ConditionalUNet), ("mixture", ResidualMLP),
+                                           ("gaussian", ResidualMLP)])  # fmt: skip
 def test_networks_fit_the_prior(kind, network, make_prior):
     prior = make_prior(kind)
     assert isinstance(Posterior(prior, matrix_problem(prior), width=16).network, network)
@@ -465,7 +468,6 @@ def test_bad_arguments_get_one_clear_error(make_prior):
         (lambda: Posterior(prior, problem, start="posterior"), ValueError, "start must be one of guided, prior"),
         (lambda: Posterior(prior, problem, beta=0.0), ValueError, "beta must be a finite number above 0"),
         (lambda: Posterior(prior, InverseProblem(torch.ones(2, 5), GaussianNoise(0.1), (5,))), ValueError, "they must agree"),
-        (lambda: Posterior(GaussianPrior((1, 2, 2), 2), InverseProblem(torch.sin, GaussianNoise(0.1))), ValueError, "pass Posterior"),
         (lambda: Posterior(prior, problem).sample(torch.zeros(B, 3), 2), ValueError, r"y must have shape \(B, 2\)"),
         (lambda: Posterior(prior, problem).sample(torch.full((1, 2), float("inf")), 2), ValueError, "y must be finite"),
         (lambda: Posterior(prior, problem).sample(torch.zeros(B, 2), 0), ValueError, "n must be an integer of at least 1"),
