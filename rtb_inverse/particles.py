@@ -99,12 +99,12 @@ def systematic(log_w: Tensor, n: int, generator: Generator | None = None) -> Ten
     return index.gather(1, torch.rand((B, n), **options).argsort(1)).T
 
 
-def check_below_infinity(name: str, log_w: Tensor) -> Tensor:
+def check_below_infinity(name: str, value: Tensor) -> Tensor:
     """Return log-weights (or log-likelihoods) if none is NaN or +infinity; raise ValueError otherwise. -infinity is the weight 0."""
-    bad = log_w.isnan() | log_w.isposinf()
+    bad = value.isnan() | value.isposinf()
     if bad.any():
         raise ValueError(f"{name} must be below infinity and not NaN, got NaN or +infinity in {int(bad.sum())} of {bad.numel()} elements")
-    return log_w
+    return value
 
 
 def check_possible(name: str, log_w: Tensor) -> Tensor:

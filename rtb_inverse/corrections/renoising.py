@@ -63,7 +63,8 @@ def renoise_mcmc(
     K, b, cost = posterior.steps, 1 if y is None else len(y), candidates + 1
     pool = 0 if start is not None else POOL
     if budget is not None:
-        check_budget(budget, f"{burn_in + 1} sweeps", (0 if pool == 0 else K) + (burn_in + 1) * cost)
+        need = f"{'' if pool == 0 else 'a start and '}{burn_in} + 1 sweeps at level 1, candidates = {candidates}"
+        check_budget(budget, need, (0 if pool == 0 else K) + (burn_in + 1) * cost)
         pool = min(pool, max(1, int(budget // (2 * K))))
     states = (
         choose_by_weight(posterior, y, n, generator, chunk_size, pool) if start is None else climb_from(posterior, start, n, b, generator)

@@ -24,13 +24,13 @@ def runs_within(budget: float | None, method: str, steps: int) -> int:
     """How many whole runs of K steps a draw may cost: floor(budget / K), 1 without a budget."""
     if budget is None:
         return 1
-    return int(check_budget(budget, method, steps) // steps)
+    return int(check_budget(budget, f"one run of {method}", steps) // steps)
 
 
-def check_budget(budget: float, method: str, least: int) -> float:
-    """The budget if it is a finite number of at least `least`, which one run of the method needs; raise ValueError otherwise."""
+def check_budget(budget: float, run: str, least: int) -> float:
+    """The budget if it is a finite number of at least `least`, which one such run needs; raise ValueError otherwise."""
     if check_positive("budget", budget) < least:
-        raise ValueError(f"budget must be at least {least} network evaluations per draw, which one run of {method} needs, got {budget!r}")
+        raise ValueError(f"budget must be at least {least} network evaluations per draw, for {run}, got {budget!r}")
     return float(budget)
 
 
