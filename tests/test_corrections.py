@@ -420,7 +420,7 @@ def test_more_proposals_than_draws(method):
 
 def test_budgeted_draws_are_of_the_posterior(generator):
     """Off at first; resampled out of 8 times as many within 4.5 standard errors, which resampling only makes smaller."""
-    posterior, y, n = mixture_posterior(), torch.full((80, 1), 0.7, dtype=D), 20
+    posterior, y, n = mixture_posterior(), torch.full((60, 1), 0.7, dtype=D), 20
     with torch.no_grad():
         posterior.gate.fill_(0.6)
     truth = posterior.prior.posterior(MATRIX, NOISE, y[:1]).distribution.mean[0]

@@ -17,7 +17,7 @@ from rtb_inverse.distributions import GaussianStep, draw
 from rtb_inverse.particles import Particles, check_below_infinity, check_possible, systematic
 from rtb_inverse.posterior import Posterior
 
-POOL = 4  # draws that each start is chosen out of
+POOL = 4  # times as many draws as the starts that are resampled out of them
 GOAL = 0.25  # acceptance that the burn-in aims at
 
 
@@ -44,9 +44,10 @@ def renoise_mcmc(
         candidates: re-denoisings of each chain and sweep. One is accepted or not; of several, and the path as it is, one is chosen by
             weight (iterated sampling importance resampling; Andrieu, Lee, Vihola 2018, arXiv 1312.6432).
         start: x_0 to start from in the chain's space, (n, B, *shape), noised up by the forward process; by default n draws of the
-            posterior, each chosen out of four by its path weight.
+            posterior, resampled by their path weights out of four times as many.
         budget: most network evaluations per draw, start and burn-in included; at least (burn_in + 1) (candidates + 1), and K more without
-            a start. Up to half of it goes to the pool of four; the levels of the last sweeps are those that still fit.
+            a start. At most half of it goes to the start, K at least: out of four times as many draws, or fewer; the levels of the last
+            sweeps are those that still fit.
         chunk_size: most states in one scoring call.
 
     Returns:
@@ -140,8 +141,6 @@ def choose_by_weight(
 ) -> Tensor:  # fmt: skip
     """Paths (K + 1, n, B, *shape): n out of pool * n of the posterior's, resampled by their weights."""
     paths = rollout(posterior, pool * n, y, generator)
-    if pool == 1:
-        return paths.x
     index = systematic(path_log_weights(posterior, paths, chunk_size), n, generator)
     return paths.x[:, index, torch.arange(index.shape[1], device=index.device)]
 
