@@ -8,6 +8,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from rtb_inverse.checks import check_finite, check_tensor
+from rtb_inverse.particles import check_below_infinity
 
 
 class GaussianNoise(nn.Module):
@@ -72,6 +73,7 @@ class InverseProblem(nn.Module):
     noise: Any  # a module with sample(clean, generator) and log_prob(clean, y, event_dim)
     mask: Tensor | None
     config: dict | None = None
+    _check_clean = staticmethod(check_finite)
 
     def __init__(self, operator: Callable[[Tensor], Tensor] | Tensor, noise: nn.Module, shape=None, linear: bool | None = None):
         super().__init__()
@@ -129,7 +131,7 @@ class InverseProblem(nn.Module):
                 )
             if not clean.is_floating_point():
                 raise TypeError(f"operator must return a floating-point tensor, got {clean.dtype}")
-            check_finite("operator's output", clean)
+            self._check_clean("operator's output", clean)
             self.differentiable = clean.requires_grad
         clean = clean.detach()
         if self.linear is None:
@@ -188,9 +190,11 @@ class Reward(InverseProblem):
     """A posterior p(x) exp(r(x)) / Z without any observation.
 
     Args:
-        log_reward: callable from (M, *shape) to (M,), r(x).
+        log_reward: callable from (M, *shape) to (M,), r(x); -inf, for an x that is never to be drawn, is for the corrections only.
         shape: shape of one x.
     """
+
+    _check_clean = staticmethod(check_below_infinity)
 
     def __init__(self, log_reward: Callable[[Tensor], Tensor], shape=None):
         super().__init__(log_reward, nn.Identity(), shape, linear=False)
