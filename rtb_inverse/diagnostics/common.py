@@ -11,7 +11,7 @@ from rtb_inverse.checks import check_tensor
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean and its standard error (NaN for a single value)."""
+    """A mean and its standard error: NaN for a single value, and where a value is infinite."""
 
     value: float
     error: float
@@ -22,6 +22,10 @@ class Estimate:
         values = values.double().flatten()
         error = float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
         return Estimate(float(values.mean()), error)
+
+    def to_dict(self) -> dict[str, float | None]:
+        """For JSON: None where a number is not finite."""
+        return {name: number if math.isfinite(number) else None for name, number in (("value", self.value), ("error", self.error))}
 
     def __str__(self) -> str:
         return f"{self.value:.3g} ± {self.error:.2g}"
