@@ -1,8 +1,9 @@
-"""Judge a posterior on held-out observations: numbers with standard errors, a JSON report, a picture."""
+"""Judge a posterior on held-out observations: numbers with standard errors; a JSON report, a page, pictures."""
 
 import json
+import math
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from rtb_inverse.chains import Trajectory, path_log_prob, rollout
 from rtb_inverse.checks import check_count, check_tensor, check_writable
 from rtb_inverse.corrections import importance
 from rtb_inverse.diagnostics import (
+    LEAST_OBSERVATIONS,
     Coverage,
     Estimate,
     chi_squared,
@@ -33,7 +35,22 @@ from rtb_inverse.posterior import Posterior
 from rtb_inverse.problems import GaussianNoise
 
 LEVELS = (0.5, 0.8, 0.9)
-CALIBRATED = 10  # observations that a test of calibration asks for
+TRUTH = "the truth is not known: no log_likelihood_of_truth, psnr, ssim, crps, coverage, sbc or tarp"
+MEANING = {
+    "elbo": "lower bound of log p(y), over the posterior's own paths",
+    "eubo": "upper bound of log p(y), over prior roll-outs that made the y; its gap to the ELBO says how far the sampler is",
+    "log_z_is": "importance-sampled log p(y); in the mean a lower bound too, that rises with the draws",
+    "log_z_learned": "log Z(y) as training learned it",
+    "ess": "effective sample size of the path weights, of the number of draws; blind to a missing mode",
+    "log_likelihood": "log p(y | x) of the draws; in the mean that of the truth, for the posterior",
+    "log_likelihood_of_truth": "log p(y | x) of the truth",
+    "chi_squared": "squared residual of y about the draws over its noise; 1 for the posterior, blind to what y does not constrain",
+    "psnr": "of the posterior mean, in dB; higher is better, blind to the draws' spread",
+    "ssim": "structural similarity of the posterior mean, at most 1; higher is better, blind to the draws' spread",
+    "crps": "continuous ranked probability score of the draws, element by element, in the units of x; lower is better",
+    "sbc": "ranks of the truth among the draws, by element or random projection; small: not calibrated",
+    "tarp": "expected coverage of balls around random points; small: not calibrated",
+}
 
 
 @dataclass
@@ -63,6 +80,8 @@ class Report:
         p_values: of tests that all is well: "sbc" (ranks of the truth among the draws, of each element, or of 32 random projections where
             there are more; corrected for their number) and "tarp" (expected coverage), where x is known for at least 10 observations.
         ranks, coverage: what these tests looked at.
+        observed: y as images (B, C, H, W) to show beside those of x, NaN where nothing was seen; None where x are no images.
+        notes: why a number or its standard error is missing, or is not finite.
     """
 
     numbers: dict[str, Estimate]
@@ -73,34 +92,63 @@ class Report:
     p_values: dict[str, float] = field(default_factory=dict)
     ranks: Tensor | None = None
     coverage: Coverage | None = None
+    observed: Tensor | None = None
+    notes: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         tests = [f"{'p-value of ' + name:>28}  {p:.2g}" for name, p in self.p_values.items()]
         return "\n".join([f"{name:>28}  {estimate}" for name, estimate in self.numbers.items()] + tests)
 
     def to_dict(self) -> dict:
-        numbers = {name: asdict(estimate) for name, estimate in self.numbers.items()}
-        return {"numbers": numbers, "p_values": self.p_values, "settings": self.settings, "seconds": self.seconds}
+        """For JSON; None where a number is not finite, and `notes` say why."""
+        numbers = {name: estimate.to_dict() for name, estimate in self.numbers.items()}
+        return {"numbers": numbers, "p_values": self.p_values, "settings": self.settings, "seconds": self.seconds, "notes": self.notes}
+
+    def _meaning(self, name: str) -> str:
+        if name.startswith("coverage_"):
+            nominal = self.settings["nominal_" + name.removeprefix("coverage_")]
+            return f"share of the truth's elements in the central intervals of level {nominal:.4g}; below: draws too narrow or shifted"
+        return MEANING[name]
 
     def to_markdown(self) -> str:
         """The numbers as a page."""
         settings = ", ".join(
             f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in self.settings.items()
         )
-        lines = ["# How close the posterior is", "", settings, "", "| | mean over observations | standard error |", "|---|---|---|"]
-        lines += [f"| {name} | {estimate.value:.4g} | {estimate.error:.2g} |" for name, estimate in self.numbers.items()]
+        lines = ["# How close the posterior is", "", settings, ""]
+        lines += ["| number | mean over observations | standard error | what it is |", "|---|---|---|---|"]
+        for name, estimate in self.numbers.items():
+            error = f"{estimate.error:.2g}" if math.isfinite(estimate.error) else "see below"
+            lines.append(f"| {name} | {estimate.value:.4g} | {error} | {self._meaning(name)} |")
         if self.p_values:
-            lines += ["", "| test of calibration | p-value |", "|---|---|"] + [f"| {name} | {p:.2g} |" for name, p in self.p_values.items()]
-        return "\n".join(lines) + "\n"
+            lines += ["", "| test of calibration | p-value | what it is |", "|---|---|---|"]
+            lines += [f"| {name} | {p:.2g} | {self._meaning(name)} |" for name, p in self.p_values.items()]
+        return "\n".join([*lines, "", *(f"- {name}: {note}" for name, note in self.notes.items())]) + "\n"
 
     def save(self, folder: str | Path, name: str = "report") -> None:
-        """Write `name`.json, `name`.md, and `name`.png: coverage curve, rank histogram and weights."""
+        """Write `name`.json, `name`.md, `name`.png (coverage curve, rank histogram, weight histogram) and `name`_panel.png (truth, what was
+        observed, mean, standard deviation, draws). The page shows them, and the bounds over training where these are in the folder."""
         from rtb_inverse.plots import calibration_figure
 
-        file = check_writable("folder", folder) / f"{name}.json"
-        file.write_text(json.dumps(self.to_dict(), indent=2, allow_nan=True) + "\n")
-        file.with_suffix(".md").write_text(self.to_markdown())
-        calibration_figure(self.draws.log_w, file.with_suffix(".png"), self.ranks, self.coverage)
+        folder = check_writable("folder", folder)
+        (folder / f"{name}.json").write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
+        calibration_figure(self.draws.log_w, folder / f"{name}.png", self.ranks, self.coverage)
+        self.save_panel(folder / f"{name}_panel.png")
+        pictures = {"Calibration and weights": f"{name}.png", "Draws": f"{name}_panel.png", "Evidence bounds over training": "training.png"}
+        shown = [f"\n![{title}]({file})\n" for title, file in pictures.items() if (folder / file).is_file()]
+        (folder / f"{name}.md").write_text(self.to_markdown() + "".join(shown))
+
+    def save_panel(self, file: str | Path, rows: int = 6, columns: int = 8) -> None:
+        """Draw truth, observation, mean, standard deviation and draws of the first observations: as images where x has shape (C, H, W), as
+        a scatter where it has two elements, else element by element."""
+        from rtb_inverse.plots import posterior_panel, vector_panel
+
+        x, draws = self.observations.x, self.draws.x[:, :rows]
+        truth = None if x is None else x[:rows].to(draws)
+        if self.observed is None:
+            vector_panel(draws, file, truth)
+        else:
+            posterior_panel(self.observed[:rows], draws.mean(0), draws.std(0), draws[:columns], file, truth)
 
 
 @torch.no_grad()
@@ -136,12 +184,20 @@ def evaluate(
         A `Report` with, averaged over observations: elbo <= log_z_is (a lower bound too, that rises with n) <= log Z <= eubo (where the
         prior's paths are known), learned log_z, ess (of n), log_likelihood of the draws, chi_squared of y about them (Gaussian noise; 1 for
         the posterior); where x is known: psnr of the posterior mean (data range 2), ssim (images), crps, the coverage of central intervals,
-        element by element ("coverage_90" should be `nominal_90`), and the p-values of two tests of calibration.
+        element by element ("coverage_90" should be `nominal_90`), and the p-values of two tests of calibration. With a single observation,
+        the standard errors that there are, are over its draws.
+
+    Raises:
+        ValueError: for draws or weights that are NaN, or where all weights of an observation are 0.
     """
     check_count("n", n, 2)
     start = time.perf_counter()
     held = observations if isinstance(observations, Observations) else Observations(observations)
     y = posterior.check_y(held.y)
+    if held.x is not None:
+        check_tensor("observations.x", held.x, posterior.prior.data_shape)
+        if len(held.x) != len(y):
+            raise ValueError(f"observations must hold as many x as y, got {len(held.x)} and {len(y)}")
     draws = importance(posterior, y, n, generator, chunk_size=chunk_size, progress=progress)
     values = {
         "elbo": elbo(draws.log_w),
@@ -150,6 +206,7 @@ def evaluate(
         "ess": effective_sample_size(draws.log_w),
         "log_likelihood": posterior.problem.log_likelihood(draws.x, y).mean(0),
     }
+    absent = {} if held.paths is not None else {"eubo": "needs the prior's roll-outs that made the y (simulate_observations)"}
     if held.paths is not None:
         paths = held.paths
         log_w = path_log_prob(posterior.prior, paths, chunk_size) + posterior.log_likelihood(paths.x_0, y)
@@ -157,6 +214,8 @@ def evaluate(
     if isinstance(posterior.problem.noise, GaussianNoise):
         residual = (y - posterior.problem(draws.x.flatten(0, 1)).unflatten(0, (n, len(y)))) / posterior.problem.noise.std
         values["chi_squared"] = chi_squared(residual).reduced
+    else:
+        absent["chi_squared"] = "needs Gaussian noise"
     p_values, ranks, coverage = {}, None, None
     if held.x is not None:
         values["log_likelihood_of_truth"] = posterior.problem.log_likelihood(held.x, y)
@@ -166,28 +225,40 @@ def evaluate(
         values["crps"] = crps(draws.x, held.x)
         for level in LEVELS:
             values[f"coverage_{level * 100:.0f}"] = interval_coverage(draws.x, held.x, level)
-        if len(y) >= CALIBRATED:
+        if len(y) < LEAST_OBSERVATIONS:
+            absent["p-values"] = f"a test of calibration needs at least {LEAST_OBSERVATIONS} observations"
+        else:
+            absent["p-values"] = "are uniform where calibrated: they have no standard error"
             ranks, coverage = sbc_ranks(draws.x, held.x, generator=generator), tarp(draws.x, held.x, generator=generator)
             p = rank_uniformity(ranks, n)
             p_values = {"sbc": min(1.0, float(p.min()) * len(p)), "tarp": coverage.p_value}
-    numbers = {name: Estimate.of(value) for name, value in values.items()}
+    else:
+        absent["truth"] = TRUTH
+    numbers, notes = _estimates(values, draws)
     settings = {"observations": len(y), "draws": n, "steps": posterior.steps, "start": posterior.start}
     settings |= {f"nominal_{level * 100:.0f}": interval_level(n, level) for level in LEVELS if held.x is not None}
-    return Report(numbers, draws, held, time.perf_counter() - start, settings, p_values, ranks, coverage)
+    seconds, observed = time.perf_counter() - start, _observed(posterior, y)
+    return Report(numbers, draws, held, seconds, settings, p_values, ranks, coverage, observed, notes | absent)
 
 
-def save_panel(posterior: Posterior, report: Report, file: str | Path, rows: int = 6, columns: int = 8) -> bool:
-    """Draw truth, observation, mean, standard deviation and draws, for x of shape (C, H, W); returns whether there was something to draw.
-    What was observed is shown through `problem.image` where it has one (inpainting), else through the first channels of `condition`."""
-    shape = posterior.prior.data_shape
-    if len(shape) != 3 or shape[0] not in (1, 3):
-        return False
-    from rtb_inverse.plots import posterior_panel
-
-    y, x = report.observations.y[:rows], report.observations.x
-    draws = report.draws.x[:, :rows]
-    problem = posterior.problem
+def _observed(posterior: Posterior, y: Tensor | None) -> Tensor | None:
+    """What was observed, as images: through `problem.image` where it has one (inpainting), else the first channels of `condition`."""
+    shape, problem = posterior.prior.data_shape, posterior.problem
+    if len(shape) != 3 or y is None:
+        return None
     image = getattr(problem, "image", None)
-    observed = problem.condition(y)[:, : shape[0]] if image is None else image(y, fill=float("nan"))
-    posterior_panel(observed, draws.mean(0), draws.std(0), draws[:columns], file, None if x is None else x[:rows])
-    return True
+    seen = problem.condition(y) if image is None else image(y, fill=float("nan"))
+    return seen[:, : shape[0]] if seen.ndim == 4 else None
+
+
+def _estimates(values: dict[str, Tensor], draws: Particles) -> tuple[dict[str, Estimate], dict[str, str]]:
+    """Means over observations with their standard errors; of one observation, those of means over its draws. And why one is missing."""
+    numbers, notes = {name: Estimate.of(value) for name, value in values.items()}, {}
+    if draws.log_w.shape[1] == 1:
+        numbers["elbo"] = Estimate.of(draws.log_w)
+        numbers["log_z_is"] = Estimate(float(draws.log_z), float(draws.log_z_error))
+        notes["one observation"] = "standard errors of elbo and log_z_is are over its draws; the other numbers have none"
+    for name, estimate in numbers.items():
+        if not math.isfinite(estimate.value):
+            notes[name] = f"{estimate.value}, so without a standard error"
+    return numbers, notes

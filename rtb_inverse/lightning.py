@@ -16,11 +16,12 @@ from torch.nn.parallel import DistributedDataParallel
 from rtb_inverse import checkpoints
 from rtb_inverse.averaging import ExponentialMovingAverage
 from rtb_inverse.behaviours import ObservationStore, Pool, check_weights, mixture
+from rtb_inverse.bounds import BoundsOverTraining
 from rtb_inverse.chains import noised_bridges, rollout, step_shares
 from rtb_inverse.checks import check_choice, check_count, check_positive, check_writable
 from rtb_inverse.data import ObservationData
 from rtb_inverse.diagnostics import log_mean_weight
-from rtb_inverse.evaluation import evaluate, observe, save_panel, simulate_observations
+from rtb_inverse.evaluation import evaluate, observe, simulate_observations
 from rtb_inverse.objectives import half_square, rtb, vargrad, wake_sleep
 from rtb_inverse.posterior import Posterior
 from rtb_inverse.training import denoising_loss, path_backward, score, step_weights
@@ -54,7 +55,10 @@ class PosteriorTraining(LightningModule):
             each step.
         step_fraction, chunk_size: see `training.path_backward`.
         refresh: every how many steps the pool grows; in a wake-sleep warm start, every how many steps new draws enter the buffer.
-        output: folder for the finished posterior; tried before any work. None: nothing is written.
+        bounds: how often over training, beside its end, ELBO and EUBO are measured (`BoundsOverTraining`), at least 10 steps apart; 0:
+            never.
+        output: folder for the finished posterior, and the bounds in training.json and .png; tried before any work. None: nothing is
+            written.
         test_draws: draws per observation in test and predict.
         seed: of all randomness.
     """
@@ -65,7 +69,7 @@ class PosteriorTraining(LightningModule):
         observations: int = 8, draws: int = 8, lr: float = 2e-3, lr_rtb: float = 3e-5, lr_log_z: float = 1e-2,
         clip: float | None = 10.0, max_grad_norm: float = 1.0, ema_decay: float = 0.999, pool: int = 8192, pool_start: int = 2048,
         pool_growth: int = 256, slots: int = 256, capacity: int = 32, step_fraction: float = 1.0, chunk_size: int | None = 1024,
-        refresh: int = 20, output: str | None = None, test_draws: int = 64, seed: int = 0,
+        refresh: int = 20, bounds: int = 8, output: str | None = None, test_draws: int = 64, seed: int = 0,
     ):  # fmt: skip
         super().__init__()
         self.automatic_optimization = False
@@ -115,11 +119,13 @@ class PosteriorTraining(LightningModule):
         self.step_fraction, self.chunk_size, self.refresh = step_fraction, chunk_size, check_count("refresh", refresh)
         self.pool_options = {"size": pool, "data": data}
         self.pool_start, self.pool_growth, self.slots, self.capacity = pool_start, pool_growth, slots, capacity
+        self.bounds_count = check_count("bounds", bounds, 0)
         self.output = None if output is None else check_writable("output", output)
         self.seed = seed
         self.y = y
         self.pool: Pool | None = None
         self.store: ObservationStore | None = None
+        self.bounds: BoundsOverTraining | None = None
         self.test_draws = check_count("test_draws", test_draws, 2)
         self._restored: dict | None = None
         self._loaded = False
@@ -132,10 +138,11 @@ class PosteriorTraining(LightningModule):
         self.generator = torch.Generator(self.device).manual_seed(self.seed + self.global_rank)
         self.pool = Pool(self.posterior, **self.pool_options) if self.posterior.amortised else None
         options = self.posterior.prior._options()
+        y = None if self.y is None else self.posterior.check_y(self.y.to(self.device))
         if self.fixed:
-            y = None if self.y is None else self.posterior.check_y(self.y.to(self.device))
             self.store = ObservationStore(self.posterior.shape, y, capacity=self.pool_options["size"], options=options)
         self.weights = step_weights(self.posterior)
+        self.bounds = BoundsOverTraining(self.posterior, y, seed=self.seed + 2, chunk_size=self.chunk_size) if self.bounds_count else None
         self._loaded = False
         if self._restored is not None:
             self._restore(self._restored)
@@ -155,6 +162,8 @@ class PosteriorTraining(LightningModule):
             self.trainer.model.require_backward_grad_sync = False  # `_average_gradients` does it
         optimizer = self.optimizers()
         step, warm = self.global_step, self.warm_steps()
+        if self.bounds is not None and step % max(10, math.ceil(self.trainer.max_steps / self.bounds_count)) == 0:
+            self._measure_bounds(step)
         if step == warm:
             optimizer.optimizer.state.clear()
         self._set_learning_rates(optimizer, step, warm)
@@ -167,6 +176,13 @@ class PosteriorTraining(LightningModule):
         optimizer.step()
         self.ema.update()
         self.log("loss", loss, prog_bar=True)
+
+    def _measure_bounds(self, step: int) -> None:
+        """Of the averaged posterior, on the first device."""
+        if self.trainer.is_global_zero:
+            self.ema.swap()
+            self.bounds.measure(step)
+            self.ema.swap()
 
     def _warm_step(self, step: int) -> Tensor:
         if self.posterior.amortised:
@@ -217,7 +233,11 @@ class PosteriorTraining(LightningModule):
         log_z = posterior.log_evidence(paths.y)
         log_w = log_p + log_lik - log_q
         estimate = log_mean_weight(log_w[:fresh]) if fresh else log_w.mean(0)
-        self.log_dict({"log_z": log_z.mean(), "elbo": log_w[: fresh or None].mean()}, prog_bar=True)
+        self.log("log_z", log_z.mean(), prog_bar=True)
+        if fresh and not self.extra_noise:  # else no bound
+            self.log("elbo", log_w[:fresh].mean(), prog_bar=True)
+            if self.bounds is not None:
+                self.bounds.on_policy.append(float(log_w[:fresh].mean()))
 
         def loss(log_q):
             if self.objective == "rtb":
@@ -266,7 +286,6 @@ class PosteriorTraining(LightningModule):
         self.log_dict({f"{name}/{key}": estimate.value for key, estimate in report.numbers.items()}, batch_size=len(held.y))
         if self.output is not None:
             report.save(self.output, f"report_{name}")
-            save_panel(self.posterior, report, self.output / f"panel_{name}.png")
 
     def predict_step(self, batch, index):
         y = self.posterior.check_y(batch)
@@ -294,8 +313,14 @@ class PosteriorTraining(LightningModule):
 
     def on_train_end(self):
         self.ema.swap()
-        if self.output is not None and self.trainer.is_global_zero:
+        if not self.trainer.is_global_zero:
+            return
+        if self.bounds is not None:
+            self.bounds.measure(self.global_step)
+        if self.output is not None:
             self.posterior.save_pretrained(self.output)
+            if self.bounds is not None:
+                self.bounds.save(self.output)
 
     # Resume -----------------------------------------------------------------------------------------------------------------------
 
@@ -307,6 +332,7 @@ class PosteriorTraining(LightningModule):
             "generator": self.generator.get_state(),
             "pool": None if self.pool is None else self.pool.state_dict(),
             "store": self.store.state_dict(),
+            "bounds": None if self.bounds is None else self.bounds.state_dict(),
         }
 
     def on_load_checkpoint(self, checkpoint):
@@ -331,6 +357,8 @@ class PosteriorTraining(LightningModule):
             self.store = ObservationStore(self.posterior.shape, saved["y"].to(self.device), capacity=saved["x_0"].shape[1])
             self.store.truth = True
         self.store.load_state_dict(sources["store"])
+        if self.bounds is not None and sources.get("bounds") is not None:
+            self.bounds.load_state_dict(sources["bounds"])
         self._restored = None
 
 

@@ -55,6 +55,48 @@ def posterior_panel(
     plt.close(fig)
 
 
+def vector_panel(draws: Tensor, file: str | Path, truth: Tensor | None = None) -> None:
+    """One picture per observation. Where x has two elements: a scatter of draws, their mean with one standard deviation, the truth. Else,
+    element by element: draws, their mean with a band of two standard deviations, the truth.
+
+    Args:
+        draws: (N, B, *shape). truth: (B, *shape).
+    """
+    N, B = draws.shape[:2]
+    flat = draws.detach().double().cpu().reshape(N, B, -1)
+    known = None if truth is None else truth.detach().double().cpu().reshape(B, -1).numpy()
+    columns = min(B, 3)
+    rows = -(-B // columns)
+    fig, grid = plt.subplots(rows, columns, figsize=(3.0 * columns, 2.6 * rows + 0.4), dpi=120, squeeze=False, sharex=True, sharey=True)
+    for ax in grid.flat[B:]:
+        ax.set_visible(False)
+    for b, ax in enumerate(grid.flat[:B]):
+        x, mean, std = flat[:, b].numpy(), flat[:, b].mean(0).numpy(), flat[:, b].std(0, correction=int(N > 1)).numpy()
+        if x.shape[1] == 2:
+            ax.scatter(*x.T, s=6, alpha=0.5, lw=0, color="C0", label="draws")
+            ax.errorbar(*mean[:, None], yerr=std[1], xerr=std[0], color="C1", fmt="o", ms=4, capsize=2, label="mean ± std")
+            if known is not None:
+                ax.plot(*known[b, :, None], "k*", ms=10, mec="w", label="truth")
+        else:
+            i, marker = range(x.shape[1]), "." if x.shape[1] < 32 else ""
+            ax.plot(i, x[:16].T, color="C0", alpha=0.3, lw=0.7, marker=marker, ms=3, label=["draws"] + ["_"] * (min(N, 16) - 1))
+            ax.fill_between(i, mean - 2 * std, mean + 2 * std, color="C1", alpha=0.2, lw=0)
+            ax.plot(i, mean, color="C1", lw=1.3, marker=marker, label="mean ± 2 std")
+            if known is not None:
+                ax.plot(i, known[b], color="k", lw=1, ls="--", marker=marker, label="truth")
+            if x.shape[1] < 12:
+                ax.set_xticks(list(i))
+        ax.set_title(f"observation {b + 1}", fontsize=9)
+    names = ("first element", "second element") if flat.shape[-1] == 2 else ("element", "value")
+    fig.supxlabel(names[0], fontsize=9)
+    fig.supylabel(names[1], fontsize=9)
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    fig.legend(handles, labels, loc="upper center", ncols=3, fontsize=8, frameon=False)
+    fig.tight_layout(pad=0.5, rect=(0, 0, 1, 1 - 0.3 / fig.get_figheight()))
+    fig.savefig(file)
+    plt.close(fig)
+
+
 def calibration_figure(log_w: Tensor, file: str | Path, ranks: Tensor | None = None, coverage: Coverage | None = None) -> None:
     """Path weights (N, B), and where they are known the ranks of the truth (B, statistics) among N draws, and expected coverage."""
     panels = 1 + (ranks is not None) + (coverage is not None)
@@ -64,8 +106,9 @@ def calibration_figure(log_w: Tensor, file: str | Path, ranks: Tensor | None = N
     if coverage is not None:
         ax = axes.pop(0)
         levels = coverage.levels.cpu().numpy()
-        error = (levels * (1 - levels) / log_w.shape[1]) ** 0.5
-        ax.fill_between(levels, levels - 2 * error, levels + 2 * error, color="0.85", label="two standard errors")
+        error = 2 * (levels * (1 - levels) / log_w.shape[1]) ** 0.5
+        band = (levels - error).clip(0), (levels + error).clip(0, 1)
+        ax.fill_between(levels, *band, color="0.85", lw=0, label="calibrated, 2 std. errors")
         ax.plot(levels, coverage.coverage.cpu().numpy(), label=f"draws (p = {coverage.p_value:.2g})")
         ax.plot([0, 1], [0, 1], "k:", lw=1)
         ax.set(xlabel="credibility level", ylabel="expected coverage", title="TARP")
@@ -84,10 +127,26 @@ def calibration_figure(log_w: Tensor, file: str | Path, ranks: Tensor | None = N
     plt.close(fig)
 
 
+def bounds_figure(curve: list[dict], file: str | Path) -> None:
+    """Evidence bounds with two standard errors against optimiser steps: `BoundsOverTraining.curve`."""
+    fig, ax = plt.subplots(figsize=(5.2, 3.4), dpi=120)
+    labels = {"eubo": ("EUBO", "C1", "v-"), "elbo": ("ELBO", "C0", "^-"), "elbo_on_policy": ("ELBO, training's own paths", "0.45", "s")}
+    for name, (label, colour, line) in labels.items():
+        points = [(p["step"], p[name]["value"], 2 * (p[name]["error"] or 0)) for p in curve if p.get(name, {}).get("value") is not None]
+        if points:
+            steps, values, errors = zip(*points, strict=True)
+            ax.errorbar(steps, values, errors, fmt=line, color=colour, ms=4, lw=1.2, capsize=2, label=label)
+    ax.set(xlabel="optimiser steps", ylabel="nats", title="evidence bounds over training")
+    ax.legend(fontsize=8)
+    fig.tight_layout(pad=0.5)
+    fig.savefig(file)
+    plt.close(fig)
+
+
 def _show(ax, image: Tensor, limits: tuple[float, float], cmap: str = "gray") -> None:
     image = image.detach().float().cpu()
     colours = plt.get_cmap(cmap).with_extremes(bad="#c8b89a")
-    if len(image) == 1 or cmap != "gray":
+    if len(image) != 3 or cmap != "gray":
         ax.imshow(image.mean(0), cmap=colours, vmin=limits[0], vmax=limits[1], interpolation="nearest")
     else:
         scaled = ((image - limits[0]) / (limits[1] - limits[0])).clamp(0, 1)

@@ -62,7 +62,9 @@ def assert_same_draws(first: Posterior, second: Posterior):
 
 def test_fit_writes_a_posterior_that_draws_the_same(fitted):
     output, trained = fitted
-    assert {path.name for path in output.iterdir()} == {"config.json", "diffusion_pytorch_model.safetensors", "prior"}
+    assert {path.name for path in output.iterdir()} == {
+        "config.json", "diffusion_pytorch_model.safetensors", "prior", "training.json", "training.png"
+    }  # fmt: skip
     config = json.loads((output / "config.json").read_text())
     assert config["_class_name"] == "Posterior"
     assert config["steps"] == 5
@@ -104,11 +106,13 @@ def test_test_writes_reports_and_panels(fitted, capsys):
         assert (settings["observations"], settings["draws"], settings["steps"], settings["start"]) == (3, 19, 5, "guided")
         assert (settings["nominal_50"], settings["nominal_80"], settings["nominal_90"]) == pytest.approx((0.5, 0.8, 0.9))
         assert report["seconds"] > 0
-        panel = (output / f"panel_{name}.png").read_bytes()
+        panel = (output / f"report_{name}_panel.png").read_bytes()
         assert panel.startswith(b"\x89PNG\r\n\x1a\n")
         assert (output / f"report_{name}.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
         page = (output / f"report_{name}.md").read_text()
         assert all(f"| {key} |" in page for key in expected)
+        for picture in (f"report_{name}.png", f"report_{name}_panel.png", "training.png"):
+            assert f"]({picture})" in page
         assert len(panel) > 5_000
         assert f"{name} observations (3, 19 draws each)" in printed
         assert f"{report['numbers']['elbo']['value']:.3g}" in printed

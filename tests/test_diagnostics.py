@@ -513,7 +513,7 @@ def test_a_report_with_tests_of_calibration(problem, tmp_path, generator):
         wide.log_scale += 0.7
     assert min(evaluate(wide, held, 63, generator).p_values.values()) < 1e-4
     report.save(tmp_path, "page")
-    assert {file.name for file in tmp_path.iterdir()} == {"page.json", "page.md", "page.png"}
+    assert {file.name for file in tmp_path.iterdir()} == {"page.json", "page.md", "page.png", "page_panel.png"}
     assert json.loads((tmp_path / "page.json").read_text())["p_values"] == report.p_values
     assert f"| sbc | {report.p_values['sbc']:.2g} |" in (tmp_path / "page.md").read_text()
     assert evaluate(posterior, held.y, 63, generator).p_values == {}  # the truth is not known

@@ -1,0 +1,84 @@
+r"""The evidence bounds over training.
+
+    ELBO  E_q(tau | y) log w   over the posterior's own paths,
+    EUBO  E_p(tau | y) log w   over paths of the chain's exact posterior: prior roll-outs, for the y simulated from their ends,
+
+with log w = log p(tau) + beta log p(y | x_0) - log q(tau | y). The ELBO alone rewards a sampler that keeps to one mode; the EUBO does not.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Generator, Tensor
+
+from rtb_inverse.chains import Trajectory, path_log_prob, rollout
+from rtb_inverse.diagnostics import Estimate, elbo, eubo
+from rtb_inverse.posterior import Posterior
+
+
+class BoundsOverTraining:
+    """Both bounds of a posterior in training, time and again on the same observations and with the same random numbers, so that what
+    changes along the curve is the posterior. All randomness is its own: a training measured is the training not measured.
+
+    Args:
+        posterior: to be measured, in training.
+        y: one observation, (1, *y_shape), that it specialises on: it has an ELBO only, as a `Reward` has. None: amortised.
+        observations: how many to simulate; how many paths to draw, where there is one y or none.
+        seed: of all randomness.
+        chunk_size: most states in one scoring call.
+
+    Attributes:
+        curve: one dictionary per measurement: "step" (optimiser steps taken), "elbo" and, where y was simulated, "eubo" (`Estimate`s as
+            dictionaries: over observations, or paths of one y), and "elbo_on_policy" of the training's own on-policy paths since the
+            measurement before (of the running weights, on other observations; over steps), where there were any.
+    """
+
+    def __init__(self, posterior: Posterior, y: Tensor | None = None, observations: int = 12, seed: int = 0, chunk_size: int | None = None):
+        self.posterior, self.y, self.n, self.seed = posterior, y, observations, seed
+        self.chunk_size = chunk_size
+        self.paths: Trajectory | None = None
+        self.curve: list[dict] = []
+        self.on_policy: list[float] = []
+        if y is None and posterior.amortised:
+            self._simulate()
+
+    def _generator(self) -> Generator:
+        return Generator(self.posterior.gate.device).manual_seed(self.seed)
+
+    def _simulate(self) -> None:
+        """One prior roll-out for each observation, and the log-density of it together with its y."""
+        posterior, generator = self.posterior, self._generator()
+        paths = rollout(posterior.prior, self.n, None, generator)
+        self.y = posterior.problem.simulate(posterior.decode(paths.x_0[:, 0]), generator)
+        self.paths = Trajectory(paths.x.transpose(1, 2), paths.times, self.y)
+        self.log_joint = paths.log_prob.T + posterior.log_likelihood(self.paths.x_0, self.y)
+
+    @torch.no_grad()
+    def measure(self, step: int) -> None:
+        """Add a point to the curve; points of this step or later ones, of a run that was broken off, go."""
+        posterior = self.posterior
+        paths = rollout(posterior, self.n if self.paths is None else 1, self.y, self._generator())
+        log_joint = path_log_prob(posterior.prior, paths, self.chunk_size) + posterior.log_likelihood(paths.x_0, self.y)
+        point = {"step": step, "elbo": Estimate.of(elbo((log_joint - paths.log_prob).flatten()[None])).to_dict()}
+        if self.paths is not None:
+            log_q = path_log_prob(posterior, self.paths, self.chunk_size)
+            point["eubo"] = Estimate.of(eubo(self.log_joint - log_q)).to_dict()
+        if self.on_policy:
+            point["elbo_on_policy"] = Estimate.of(torch.tensor(self.on_policy)).to_dict()
+        self.on_policy = []
+        self.curve = [before for before in self.curve if before["step"] < step] + [point]
+
+    def state_dict(self) -> dict:
+        return {"curve": self.curve, "on_policy": self.on_policy}
+
+    def load_state_dict(self, saved: dict) -> None:
+        self.curve, self.on_policy = list(saved["curve"]), list(saved["on_policy"])
+
+    def save(self, folder: str | Path) -> None:
+        """Write training.json and training.png."""
+        from rtb_inverse.plots import bounds_figure
+
+        about = {"observations": 1 if self.paths is None else self.n, "paths_per_observation": self.n if self.paths is None else 1}
+        (Path(folder) / "training.json").write_text(json.dumps(about | {"bounds": self.curve}, indent=2, allow_nan=False) + "\n")
+        bounds_figure(self.curve, Path(folder) / "training.png")
