@@ -92,14 +92,15 @@ class GaussianPrior(Prior):
 
     def _marginal(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """alpha_t (*t.shape), and the eigenvalues of S_t, (*t.shape, d)."""
-        alpha_t, sigma_t = self.schedule.alpha_sigma(t)
+        alpha_t, sigma_t = self.schedule.alpha_sigma(t.to(self.eigenvalues.device))
         return alpha_t, alpha_t[..., None] ** 2 * self.eigenvalues + sigma_t[..., None] ** 2
 
     def initial(self, sample_shape):
-        alpha, variance = self._marginal(self.times[0].to(self.mean.device))
+        alpha, variance = self._marginal(self.times[0])
         return self._gaussian((alpha.to(self.mean.dtype) * self.mean).expand(*sample_shape, *self.shape), variance)
 
     def transition(self, x_t, t, s, y=None):
+        t, s = t.to(x_t.device), s.to(x_t.device)
         (alpha_t, var_t), (alpha_s, var_s) = self._marginal(t), self._marginal(s)
         a, b = (c[..., None] for c in self.schedule.forward_step(s, t))
         basis = self.basis.to(x_t.dtype)
@@ -112,7 +113,7 @@ class GaussianPrior(Prior):
 
     def _left(self, t: Tensor) -> Tensor:
         """Eigenvalues of C_t = Cov[x_0 | x_t], the same for all x_t, (*t.shape, d): lambda sigma_t^2 / (alpha_t^2 lambda + sigma_t^2)."""
-        sigma_t = self.schedule.alpha_sigma(t)[1][..., None]
+        sigma_t = self.schedule.alpha_sigma(t.to(self.eigenvalues.device))[1][..., None]
         return self.eigenvalues * sigma_t**2 / self._marginal(t)[1]
 
     def denoiser_error(self, t):
