@@ -15,9 +15,11 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib
+import matplotlib.ticker
 import torch
 from exact_posteriors import Problem, make_problem
 from torch import Tensor
@@ -36,6 +38,7 @@ METHODS: dict[str, tuple[Callable[..., Particles], float, bool]] = {  # the leas
     "refine": (refine, 2, False),
 }
 STYLES = {"importance": ("C0", "o"), "smc": ("C1", "s"), "renoise_mcmc": ("C2", "^"), "refine": ("C3", "D")}
+SETS = 8  # of exact draws, to average the distance over
 
 
 @dataclass
@@ -55,12 +58,13 @@ class Bench:
         problem: Problem = make_problem(name, steps)
         self.n, self.posterior, generator = draws, Posterior(problem.prior, problem.problem, start), torch.Generator().manual_seed(12345)
         self.y = problem.problem.simulate(problem.prior.sample(observations, generator), generator)
-        self.exact, other = (problem.exact_draws(self.y, draws, generator) for _ in range(2))
-        self.floor = sliced_wasserstein(self.exact, other, generator=generator).mean()
+        self.exact = [problem.exact_draws(self.y, draws, generator) for _ in range(SETS)]
+        self.floor = torch.stack([sliced_wasserstein(*pair, generator=generator) for pair in pairwise(self.exact)]).mean(0)
         self.log_z = problem.log_evidence(self.y)
 
     def distance(self, x: Tensor) -> Tensor:
-        return sliced_wasserstein(x, self.exact, generator=torch.Generator().manual_seed(1)) / self.floor
+        generator = torch.Generator().manual_seed(1)
+        return torch.stack([sliced_wasserstein(x, exact, generator=generator) for exact in self.exact]).mean(0) / self.floor
 
     def point(self, method: str, multiple: float, seeds: int) -> Point:
         correct, _, has_evidence = METHODS[method]
@@ -97,10 +101,10 @@ def draw_figure(found: dict[str, list[Point]], file: Path) -> None:
         top, bottom = column
         top.axhline(plain.distance.value, color="0.4", linestyle="--", label="plain draws (K)")
         top.axhline(1.0, color="0.7", linestyle=":", label="floor (exact draws)")
-        for method, (colour, marker) in STYLES.items():
+        for i, (method, (colour, marker)) in enumerate(STYLES.items()):
             own = [p for p in points if p.method == method]
             options = {"color": colour, "marker": marker, "capsize": 3, "markersize": 5, "label": method}
-            x = [p.evaluations for p in own]
+            x = [p.evaluations * 1.03 ** (i - 1.5) for p in own]  # beside each other
             top.errorbar(x, [p.distance.value for p in own], [p.distance.error for p in own], **options)
             if METHODS[method][2]:
                 bottom.errorbar(x, [p.log_z_error.value for p in own], [p.log_z_error.error for p in own], **options)
@@ -109,13 +113,16 @@ def draw_figure(found: dict[str, list[Point]], file: Path) -> None:
             axis.set_xscale("log", base=2)
             axis.set_yscale("log")
             axis.grid(True, which="both", alpha=0.25)
-            axis.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%.3g"))
-            axis.yaxis.set_minor_formatter(matplotlib.ticker.LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.7)))
-            axis.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%d"))
+            for part in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter, axis.xaxis.set_major_formatter):
+                part(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:.3g}"))
+            axis.yaxis.set_minor_locator(matplotlib.ticker.LogLocator(subs=(2, 3, 5)))
+            axis.set_xticks(sorted({plain.evaluations, *(p.evaluations for p in points if p.method == "importance")}))
+        low, high = top.get_ylim()
+        top.set_ylim(min(low, 0.7), max(high, 2.5))
         bottom.set_xlabel("network evaluations per returned draw")
     axes[0, 0].set_ylabel("sliced Wasserstein / floor")
     axes[1, 0].set_ylabel("root mean square error of log Z")
-    axes[0, 0].legend(fontsize=8)
+    axes[0, 0].legend(fontsize=8, loc="upper right")
     axes[1, 0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(file, dpi=110)
