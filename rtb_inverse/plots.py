@@ -56,8 +56,8 @@ def posterior_panel(
 
 
 def vector_panel(draws: Tensor, file: str | Path, truth: Tensor | None = None) -> None:
-    """One picture per observation. Where x has two elements: a scatter of draws, their mean with one standard deviation, the truth. Else,
-    element by element: draws, their mean with a band of two standard deviations, the truth.
+    """One picture per observation. Where x has one element: a histogram. Two: a scatter of draws, their mean with one standard
+    deviation, the truth. Else, element by element: draws, their mean with a band of two standard deviations, the truth.
 
     Args:
         draws: (N, B, *shape). truth: (B, *shape).
@@ -77,6 +77,11 @@ def vector_panel(draws: Tensor, file: str | Path, truth: Tensor | None = None) -
             ax.errorbar(*mean[:, None], yerr=std[1], xerr=std[0], color="C1", fmt="o", ms=4, capsize=2, label="mean ± std")
             if known is not None:
                 ax.plot(*known[b, :, None], "k*", ms=10, mec="w", label="truth")
+        elif x.shape[1] == 1:
+            ax.hist(x[:, 0], bins=30, color="C0", alpha=0.5, label="draws")
+            ax.axvline(mean[0], color="C1", label="mean")
+            if known is not None:
+                ax.axvline(known[b, 0], color="k", ls="--", label="truth")
         else:
             i, marker = range(x.shape[1]), "." if x.shape[1] < 32 else ""
             ax.plot(i, x[:16].T, color="C0", alpha=0.3, lw=0.7, marker=marker, ms=3, label=["draws"] + ["_"] * (min(N, 16) - 1))
@@ -87,9 +92,11 @@ def vector_panel(draws: Tensor, file: str | Path, truth: Tensor | None = None) -
             if x.shape[1] < 12:
                 ax.set_xticks(list(i))
         ax.set_title(f"observation {b + 1}", fontsize=9)
-    names = ("first element", "second element") if flat.shape[-1] == 2 else ("element", "value")
-    fig.supxlabel(names[0], fontsize=9)
-    fig.supylabel(names[1], fontsize=9)
+    names = {1: ("value", "draws"), 2: ("first element", "second element")}.get(flat.shape[-1], ("element", "value"))
+    for ax in grid[-1]:
+        ax.set_xlabel(names[0])
+    for ax in grid[:, 0]:
+        ax.set_ylabel(names[1])
     handles, labels = grid[0, 0].get_legend_handles_labels()
     fig.legend(handles, labels, loc="upper center", ncols=3, fontsize=8, frameon=False)
     fig.tight_layout(pad=0.5, rect=(0, 0, 1, 1 - 0.3 / fig.get_figheight()))
@@ -111,14 +118,14 @@ def calibration_figure(log_w: Tensor, file: str | Path, ranks: Tensor | None = N
         ax.fill_between(levels, *band, color="0.85", lw=0, label="calibrated, 2 std. errors")
         ax.plot(levels, coverage.coverage.cpu().numpy(), label=f"draws (p = {coverage.p_value:.2g})")
         ax.plot([0, 1], [0, 1], "k:", lw=1)
-        ax.set(xlabel="credibility level", ylabel="expected coverage", title="TARP")
+        ax.set(xlabel="credibility level", ylabel="expected coverage", title="coverage curve (TARP)")
         ax.legend(fontsize=7)
     if ranks is not None:
         ax = axes.pop(0)
         bins = min(n + 1, 20)
         ax.hist(((ranks.flatten().cpu() + 0.5) / (n + 1)).numpy(), bins=bins, range=(0, 1), density=True)
         ax.axhline(1, color="k", ls=":", lw=1)
-        ax.set(xlabel="rank of the truth among the draws", ylabel="density", title="calibration")
+        ax.set(xlabel="rank of the truth among the draws", ylabel="density", title="rank histogram")
     ax = axes.pop(0)
     ax.hist((log_w - log_w.max(0).values).flatten().clamp_min(-50).cpu().numpy(), bins=50)
     ax.set(xlabel="log weight below the largest", ylabel="draws", title="path weights")
@@ -137,7 +144,7 @@ def bounds_figure(curve: list[dict], file: str | Path) -> None:
             steps, values, errors = zip(*points, strict=True)
             ax.errorbar(steps, values, errors, fmt=line, color=colour, ms=4, lw=1.2, capsize=2, label=label)
     ax.set(xlabel="optimiser steps", ylabel="nats", title="evidence bounds over training")
-    ax.legend(fontsize=8)
+    ax.legend(fontsize=8, frameon=False)
     fig.tight_layout(pad=0.5)
     fig.savefig(file)
     plt.close(fig)

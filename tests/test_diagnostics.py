@@ -517,3 +517,45 @@ def test_a_report_with_tests_of_calibration(problem, tmp_path, generator):
     assert json.loads((tmp_path / "page.json").read_text())["p_values"] == report.p_values
     assert f"| sbc | {report.p_values['sbc']:.2g} |" in (tmp_path / "page.md").read_text()
     assert evaluate(posterior, held.y, 63, generator).p_values == {}  # the truth is not known
+
+
+@pytest.mark.parametrize("d", [1, 2, 5])
+def test_a_report_of_one_observation_has_no_silent_nan(d, generator, tmp_path):
+    """Standard errors over the draws, or null with a note; a picture for vectors of any length."""
+    prior = GaussianMixturePrior.random(d, 3, 0, torch.float64, steps=4)
+    posterior = Posterior(prior, InverseProblem(torch.ones((1, d), dtype=torch.float64), GaussianNoise(0.5)), width=16)
+    report = evaluate(posterior, simulate_observations(posterior, 1, generator), 20, generator)
+    report.save(tmp_path)
+    written = json.loads((tmp_path / "report.json").read_text(), parse_constant=lambda c: pytest.fail(f"{c} in the report"))
+    assert written["numbers"]["elbo"]["error"] > 0 and written["numbers"]["psnr"]["error"] is None
+    assert {"one observation", "p-values"} <= written["notes"].keys()
+    assert "nan" not in (tmp_path / "report.md").read_text().lower()
+    assert (tmp_path / "report_panel.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_missing_is_said(problem, generator):
+    _, posterior, _ = problem
+    y = posterior.problem.simulate(torch.zeros((2, 2), dtype=torch.float64), generator)
+    assert {"truth", "eubo"} <= evaluate(posterior, y, 8, generator).notes.keys()
+
+
+def test_bad_draws_and_truths_are_one_clear_error(problem, generator, monkeypatch):
+    _, posterior, _ = problem
+    held = simulate_observations(posterior, 3, generator)
+    with pytest.raises(ValueError, match="n must be an integer of at least 2, got 1"):
+        evaluate(posterior, held, 1)
+    with pytest.raises(ValueError, match=r"observations.x must have shape \(B, 2\), got \(3, 1\)"):
+        evaluate(posterior, Observations(held.y, held.x[:, :1]), 8)
+    with pytest.raises(ValueError, match="observations must hold as many x as y, got 2 and 3"):
+        evaluate(posterior, Observations(held.y, held.x[:2]), 8)
+    with pytest.raises(ValueError, match=r"observations\.x must be finite"):
+        evaluate(posterior, Observations(held.y, put(held.x, NAN)), 8)
+    monkeypatch.setattr(posterior.problem, "log_likelihood", lambda x, y: 0 * (x.sum(-1) + y.sum(-1)) - INF)
+    with pytest.raises(ValueError, match="log_w must have a weight above 0 for every observation"):
+        evaluate(posterior, held, 32, generator)
+    monkeypatch.undo()
+    monkeypatch.setattr(posterior, "decode", lambda x: x * NAN)
+    with pytest.raises(ValueError, match=r"must be finite, got NaN"):
+        evaluate(posterior, held, 8, generator)
+    with pytest.raises(ValueError, match=r"finite|NaN"):
+        evaluate(posterior, held.y, 8, generator)
