@@ -1,4 +1,8 @@
-"""Scores against a known truth: of one estimate (PSNR, SSIM), which are blind to how widely the draws spread, and of the draws (CRPS)."""
+"""Scores against a known truth.
+
+PSNR and SSIM judge one estimate. Of the posterior mean, they see a shift; they are blind to how widely the draws spread, and where the
+posterior has several modes they may rise for draws that keep to one, whose mean is sharper. CRPS judges the draws.
+"""
 
 import torch
 from torch import Tensor

@@ -23,13 +23,15 @@ def eubo(log_w: Tensor) -> Tensor:
 
 
 def effective_sample_size(log_w: Tensor) -> Tensor:
-    """Kish's effective sample size over N, in [1, N]: (B,). It is 0 where every weight is 0 (every log-weight -inf)."""
+    """Kish's effective sample size over N, in [1, N]: (B,). It is 0 where every weight is 0 (every log-weight -inf).
+    It sees shifted, narrow and wide draws; a mode that no draw is in leaves it as it was."""
     total = check_log_w(log_w).logsumexp(0)
     return torch.where(total.isneginf(), 0.0, (2 * total - (2 * log_w).logsumexp(0)).exp())
 
 
 def log_mean_weight(log_w: Tensor) -> Tensor:
-    """Importance-sampled log Z(y): (N, B) to (B,). It is -inf where every weight is 0 (every log-weight -inf)."""
+    """Importance-sampled log Z(y): (N, B) to (B,). It is -inf where every weight is 0 (every log-weight -inf). The weights make
+    up for shifted and wide draws, and nearly for narrow ones; a missing mode is missing in it."""
     return check_log_w(log_w).logsumexp(0) - math.log(len(log_w))
 
 
