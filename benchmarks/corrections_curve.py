@@ -21,12 +21,12 @@ from pathlib import Path
 import matplotlib
 import matplotlib.ticker
 import torch
-from exact_posteriors import Problem, make_problem
 from torch import Tensor
 
 from rtb_inverse import Posterior, importance, refine, renoise_mcmc, smc
 from rtb_inverse.diagnostics import Estimate, sliced_wasserstein
 from rtb_inverse.particles import Particles
+from tasks.exact import exact_problem
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -55,10 +55,10 @@ class Bench:
     """A problem, observations of it, exact draws, the floor and the evidence."""
 
     def __init__(self, name: str, start: str, steps: int, observations: int, draws: int):
-        problem: Problem = make_problem(name, steps)
+        problem = exact_problem(name, steps)
         self.n, self.posterior, generator = draws, Posterior(problem.prior, problem.problem, start), torch.Generator().manual_seed(12345)
         self.y = problem.problem.simulate(problem.prior.sample(observations, generator), generator)
-        self.exact = [problem.exact_draws(self.y, draws, generator) for _ in range(SETS)]
+        self.exact = [problem.draws(self.y, draws, generator) for _ in range(SETS)]
         self.floor = torch.stack([sliced_wasserstein(*pair, generator=generator) for pair in pairwise(self.exact)]).mean(0)
         self.log_z = problem.log_evidence(self.y)
 

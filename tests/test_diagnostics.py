@@ -551,7 +551,7 @@ def test_bad_draws_and_truths_are_one_clear_error(problem, generator, monkeypatc
     with pytest.raises(ValueError, match=r"observations\.x must be finite"):
         evaluate(posterior, Observations(held.y, put(held.x, NAN)), 8)
     monkeypatch.setattr(posterior.problem, "log_likelihood", lambda x, y: 0 * (x.sum(-1) + y.sum(-1)) - INF)
-    with pytest.raises(ValueError, match="log_w must have a weight above 0 for every observation"):
+    with pytest.raises(ValueError, match="above -infinity for one draw of every observation at least"):
         evaluate(posterior, held, 32, generator)
     monkeypatch.undo()
     monkeypatch.setattr(posterior, "decode", lambda x: x * NAN)
