@@ -1,161 +1,346 @@
-"""Our sampler, its corrections and its rivals on problems whose posterior is known:
+"""Our sampler, its corrections and its rivals on problems whose posterior is known (`tasks.exact`):
 
-    python benchmarks/posterior_table.py [--quick] [--problems gmm2 gmm10 gmm40 abs2 poisson2] [--seconds 120] [--seeds 1] [--csv FILE]
+    python benchmarks/posterior_table.py [--quick] [--problems gmm2 ...] [--output FOLDER]
 
-Same prior, chain of 40 steps and observations for all. Per method: sliced Wasserstein as a multiple of the floor (two independent exact
-sets), coverage of the element-wise 90 % intervals, median |log Z error|, effective sample size, evaluations of a network or denoiser per
-draw, wall seconds per 1,000 draws, CPU seconds of training. DPS gets its step size from {0.03, 0.1, 0.3, 1} by its distance on eight
-observations of their own.
+Same prior, chain of K = 40 steps and observations for all; three seeds, each with its own observations and training. Per method:
+
+    SW / floor      sliced Wasserstein to exact draws, over that of two independent exact sets
+    coverage        of the element-wise 90 % intervals, the truth being any exact draw; its level for so few draws is subtracted, 0.9 added
+    log Z error     median |log Z - exact|, and ESS / n, of the path weights, where a method has any
+    evaluations     of the network or denoiser for each draw; a rival is also run at 8 K of them, as our corrections are
+    s per 1,000     CPU seconds for 1,000 draws, and for training
+
+Every rival has four settings, tried on eight observations of their own (those that train: for a quarter of the time), and the nearest to
+exact draws is taken. Ours is not tuned. Two processes of one thread; writes posterior_table.csv and posterior_table.md.
 """
 
 import argparse
 import csv
+import functools
 import logging
 import math
 import time
 import warnings
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, fields
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
-from exact_posteriors import COMMON
-from torch import Tensor
+from torch import Generator, Tensor
+from tqdm.auto import tqdm
 
 from rtb_inverse import Posterior, fit, importance, refine, renoise_mcmc, smc
-from rtb_inverse.baselines import dps, fps_smc, twisted
-from rtb_inverse.diagnostics import interval_coverage, sliced_wasserstein
+from rtb_inverse.baselines import deepinv_sampler, dps, fps_smc, twisted
+from rtb_inverse.diagnostics import sliced_wasserstein
 from rtb_inverse.particles import Particles
-from tasks.exact import EXACT_PROBLEMS, exact_problem
+from tasks.exact import EXACT_PROBLEMS, ExactProblem, LinearProblem, exact_problem
 
-ZETAS = (0.03, 0.1, 0.3, 1.0)
+STEPS, MULTIPLE, SEEDS = 40, 8, 3
+RECOMMENDED = 1000  # steps of DPS in its paper
+BATCH = 64  # draws per observation in one call with a gradient
+TRAINING = {"states": 1024, "observations": 16, "draws": 16, "chunk_size": None, "bounds": 0, "progress": False}
+WAYS: dict[str, dict[str, Any]] = {  # to train
+    "ours": {"start": None, "warm_start": 1.0, "lr": 1e-3},
+    "NPE": {"start": "prior", "warm_start": 1.0},
+    "REINFORCE": {"start": "prior", "warm_start": 0.0, "objective": "vargrad", "behaviours": {"on_policy": 1.0}, "clip": None},
+}  # on paths of its own, the gradient of VarGrad is that of KL-regularised REINFORCE with k1 in the reward (`baselines.reinforce`)
 
 
 @dataclass
 class Row:
+    """One method on one problem with one seed; NaN: it has no such number."""
+
     problem: str
     method: str
     seed: int
     distance: float
     distance_error: float
-    coverage_90: float
+    coverage: float
     log_z_error: float
     ess: float
     evaluations: float
     seconds_per_1000: float
     training_seconds: float
+    setting: str = ""
 
-    def __str__(self) -> str:
-        numbers = [f"{self.coverage_90:.3f}", f"{self.log_z_error:.3f}", f"{self.ess:.3g}", f"{self.evaluations:.0f}"]
-        numbers += [f"{self.seconds_per_1000:.2g}", f"{self.training_seconds:.0f}"]
-        cells = [self.problem, self.method, str(self.seed), f"{self.distance:.2f} ± {self.distance_error:.2f}", *numbers]
-        return "| " + " | ".join(cells).replace("nan", "") + " |"
+
+@dataclass
+class Size:
+    """How much is done."""
+
+    observations: int = 8
+    draws: int = 256
+    seconds: float = 60.0
+    seeds: int = SEEDS
+
+
+# Rivals without training: sample(problem, y, n, generator, multiple, **setting), where an evaluation budget of multiple K is spent on
+# more steps, or on more particles of which n are kept.
+
+
+def finer(problem: ExactProblem, name: str, steps: int) -> ExactProblem:
+    return problem if steps == problem.prior.steps else exact_problem(name, steps)
+
+
+def run_dps(name, problem, y, n, generator, multiple, **setting):
+    fine = finer(problem, name, STEPS * multiple)
+    return dps(fine.prior, fine.problem, y, n, generator, batch_size=BATCH, **setting)
+
+
+def run_fps(name, problem, y, n, generator, multiple, **setting):
+    return fps_smc(problem.prior, problem.problem, y, n * multiple, generator, **setting).resample(n, generator)
+
+
+def run_twisted(name, problem, y, n, generator, multiple, **setting):
+    draws = twisted(problem.prior, problem.problem, y, n * multiple, generator, batch_size=BATCH, **setting)
+    kept = draws.resample(n, generator)
+    return Particles(kept.x, draws.log_z.expand(n, -1).clone(), {"ess": draws.ess / multiple})
+
+
+def run_deepinv(method, name, problem, y, n, generator, multiple, **setting):
+    return deepinv_sampler(method, problem.prior, problem.problem, y, n, generator, steps=STEPS * multiple, batch_size=BATCH, **setting)
+
+
+def run_prior(name, problem, y, n, generator, multiple):
+    return importance(Posterior(problem.prior, problem.problem, start="prior"), y, n, generator, budget=STEPS * multiple)
+
+
+def over(key: str, *values) -> list[dict[str, Any]]:
+    return [{key: value} for value in values]
+
+
+def both(first: str, a, second: str, b) -> list[dict[str, Any]]:
+    return [{first: x, second: y} for x in a for y in b]
+
+
+RIVALS: dict[str, tuple[Callable[..., Particles], list[dict[str, Any]]]] = {
+    "prior, importance": (run_prior, [{}]),
+    "DPS": (run_dps, over("zeta", 0.03, 0.1, 0.3, 1.0)),
+    "FPS-SMC": (run_fps, over("threshold", 0.25, 0.5, 0.75, 1.0)),
+    "twisted diffusion sampler": (run_twisted, over("threshold", 0.25, 0.5, 0.75, 1.0)),
+    "deepinv DPS": (functools.partial(run_deepinv, "dps"), over("weight", 0.5, 1.0, 1.5, 2.0)),
+    "deepinv PiGDM": (functools.partial(run_deepinv, "pigdm"), both("weight", (0.5, 1.0), "eta", (0.5, 1.0))),
+    "deepinv MomentMatching": (functools.partial(run_deepinv, "moment_matching"), both("weight", (0.7, 1.0), "eta", (0.5, 1.0))),
+    "deepinv DiffPIR": (functools.partial(run_deepinv, "diffpir"), both("lambda_", (1.0, 7.0), "zeta", (0.3, 1.0))),
+    "deepinv DDRM": (functools.partial(run_deepinv, "ddrm"), both("eta", (0.85, 1.0), "eta_b", (0.5, 1.0))),
+}
+LEARNING_RATES = {"NPE": (3e-4, 1e-3, 3e-3, 1e-2), "REINFORCE": (1e-4, 3e-4, 1e-3, 3e-3)}
 
 
 class Bench:
     """A problem, held-out observations of it, and their exact posterior draws."""
 
-    def __init__(self, name: str, observations: int, draws: int, seed: int = 12345):
-        self.name, self.n, generator = name, draws, torch.Generator().manual_seed(seed)
-        self.problem = exact_problem(name)
+    def __init__(self, name: str, observations: int, draws: int, seed: int):
+        self.name, self.n, generator = name, draws, Generator().manual_seed(seed)
+        self.problem = exact_problem(name, STEPS)
         self.prior, self.model = self.problem.prior, self.problem.problem
-        self.x = self.prior.sample(observations, generator)
-        self.y = self.model.simulate(self.x, generator)
-        self.exact, other = (self.problem.draws(self.y, draws, generator) for _ in range(2))
-        self.floor = sliced_wasserstein(self.exact, other, generator=generator)
+        self.y = self.model.simulate(self.prior.sample(observations, generator), generator)
+        self.exact, other, self.truths = (self.problem.draws(self.y, n, generator) for n in (draws, draws, 4096))
+        self.floor = sliced_wasserstein(self.exact, other, generator=generator).mean()
+        self.level = self.covered(other)
         self.log_z = self.problem.log_evidence(self.y)
 
-    def distance(self, draws: Particles) -> Tensor:
-        generator = torch.Generator().manual_seed(1)
-        x = draws.resample(generator=generator).x if draws.log_w.std() > 0 else draws.x
-        return sliced_wasserstein(x, self.exact, generator=generator) / self.floor.mean()
+    def covered(self, x: Tensor) -> float:
+        """Share of elements of exact draws inside the draws' central 90 % intervals."""
+        low, high = torch.quantile(x.double(), torch.tensor([0.05, 0.95], dtype=torch.float64), 0)
+        return float(((self.truths >= low) & (self.truths <= high)).double().mean())
 
-    def row(self, method: str, seed: int, sample, has_evidence: bool = False, evaluations: float | None = None, training: float = 0.0):
-        start = time.perf_counter()
-        draws = sample(self.y, self.n, torch.Generator().manual_seed(100 + seed))
-        seconds = time.perf_counter() - start
-        distance = self.distance(draws)
-        resampled = draws.resample(generator=torch.Generator().manual_seed(2)).x
-        coverage = float(interval_coverage(resampled, self.x, 0.9).mean())
-        error = float((draws.log_z - self.log_z).abs().median()) if has_evidence else math.nan
-        ess = float(draws.ess.mean() / self.n) if has_evidence else math.nan
-        evaluations = draws.info.get("evaluations", self.prior.steps) if evaluations is None else evaluations
-        spread = float(distance.std() / len(self.y) ** 0.5)
-        cost = seconds / self.n / len(self.y) * 1000
-        return Row(self.name, method, seed, float(distance.mean()), spread, coverage, error, ess, evaluations, cost, training)
+    def distance(self, x: Tensor) -> Tensor:
+        """(B,)"""
+        return sliced_wasserstein(x, self.exact, generator=Generator().manual_seed(1)) / self.floor
 
-
-def tuned_dps(bench: Bench) -> float:
-    tuning, found = Bench(bench.name, 8, 128, seed=999), {}
-    for zeta in ZETAS:
-        try:
-            draws = dps(tuning.prior, tuning.model, tuning.y, 128, torch.Generator().manual_seed(0), zeta=zeta)
-        except ValueError as error:  # states that left the finite numbers
-            print(f"({bench.name}: {error})")
-            continue
-        found[zeta] = float(tuning.distance(draws).mean())
-    return min(found, key=lambda zeta: found[zeta])
+    def row(self, method: str, seed: int, sample: Callable[..., Particles], training: float = 0.0, setting: str = "", weighted: bool = False):
+        """Run one method. Draws with weights are judged as they come, by their weights only where `weighted` says that these are its."""
+        start = time.process_time()
+        draws = sample(self.y, self.n, Generator().manual_seed(100 + seed))
+        cost = (time.process_time() - start) / self.n / len(self.y) * 1000
+        distance, has_weights = self.distance(draws.x), weighted or "ess" in draws.info
+        error = float((draws.log_z - self.log_z).abs().median()) if has_weights else math.nan
+        ess = float(draws.info.get("ess", draws.ess).mean() / self.n) if has_weights else math.nan
+        spread, evaluations = float(distance.std() / len(self.y) ** 0.5), draws.info.get("evaluations", math.nan)
+        coverage = 0.9 + self.covered(draws.x) - self.level
+        return Row(self.name, method, seed, float(distance.mean()), spread, coverage, error, ess, evaluations, cost, training, setting)
 
 
-def trained(bench: Bench, seconds: float, seed: int, start_at: str | None) -> tuple[Posterior, float]:
-    """For about that many CPU-seconds."""
-    posterior = Posterior(bench.prior, bench.model, start=start_at)
+def trained(bench: Bench, way: str, seconds: float, seed: int, **options) -> tuple[Posterior, float]:
+    """For about that many CPU-seconds: the speed is measured on a few steps first. A start that is exact is left as it is."""
+    options = WAYS[way] | TRAINING | options
+    if options["warm_start"] == 0:
+        options["lr_rtb"] = options.pop("lr")
+    start_at = options.pop("start")
+
+    def fresh() -> Posterior:
+        return Posterior(bench.prior, bench.model, start=start_at)
+
+    posterior = fresh()
+    if posterior.guide is not None and posterior.guide.exact and way == "ours":
+        return posterior, 0.0
+    fit(fresh(), 2, seed, **options)
     begin = time.process_time()
-    fit(Posterior(bench.prior, bench.model, start=start_at), 10, seed, progress=False, warm_start=1.0, **COMMON)
-    steps = max(10, int(seconds / (time.process_time() - begin) * 10))
+    fit(fresh(), 12, seed, **options)
+    steps = max(10, int(seconds / (time.process_time() - begin) * 12))
     begin = time.process_time()
-    fit(posterior, steps, seed, progress=False, warm_start=1.0, **COMMON)
+    fit(posterior, steps, seed, **options)
     return posterior, time.process_time() - begin
 
 
-def rows(bench: Bench, seconds: float, seed: int):
-    prior, model = bench.prior, bench.model
-    zeta = tuned_dps(bench)
-    yield bench.row(f"DPS, zeta {zeta:g}", seed, lambda y, n, g: dps(prior, model, y, n, g, zeta=zeta))
-    if model.linear:
-        yield bench.row("FPS-SMC", seed, lambda y, n, g: fps_smc(prior, model, y, n, g))
-    yield bench.row("twisted diffusion sampler", seed, lambda y, n, g: twisted(prior, model, y, n, g, batch_size=4), True)
-    npe, training = trained(bench, seconds, seed, "prior")
-    yield bench.row("NPE", seed, npe.sample, training=training)
-    untrained = Posterior(prior, model)
-    yield bench.row("ours, untrained", seed, untrained.sample)
-    ours, training = trained(bench, seconds, seed, None)
-    yield bench.row("ours", seed, ours.sample, training=training)
-    yield bench.row("ours, importance", seed, lambda y, n, g: importance(ours, y, n, g), True, training=training)
-    yield bench.row("ours, SMC", seed, lambda y, n, g: smc(ours, y, n, g), True, training=training)
-    yield bench.row("ours, re-noising chains", seed, lambda y, n, g: renoise_mcmc(ours, y, n, g, sweeps=4), training=training)
-    yield bench.row("ours, refined population", seed, lambda y, n, g: refine(ours, y, n, g, rounds=2, candidates=3), training=training)
+def applies(method: str, bench: Bench) -> bool:
+    """Whether a rival is made for the problem."""
+    if "FPS" in method or ("deepinv" in method and method != "deepinv DPS"):
+        return isinstance(bench.problem, LinearProblem)
+    return not ("deepinv" in method and bench.name == "poisson2")
+
+
+def tune(name: str, size: Size) -> dict[str, dict[str, Any]]:
+    """The settings of the rivals for a problem: nearest to exact draws over observations of their own."""
+    begin()
+    bench, found = Bench(name, 8, size.draws // 2, seed=999), {}
+
+    def best(settings: list[dict], sample: Callable[..., Particles]) -> dict:
+        scores = []
+        for setting in settings:
+            try:
+                scores.append(float(bench.distance(sample(setting).x).mean()))
+            except ValueError:  # states or a loss that left the finite numbers
+                scores.append(math.inf)
+        return settings[scores.index(min(scores))]
+
+    for method, (run, settings) in RIVALS.items():
+        if applies(method, bench) and len(settings) > 1:
+            arguments = name, bench.problem, bench.y, bench.n
+            found[method] = best(settings, lambda s, run=run, a=arguments: run(*a, Generator().manual_seed(0), 1, **s))
+    for way, rates in LEARNING_RATES.items():
+        seconds = size.seconds / 4
+        found[way] = best(
+            over("lr", *rates),
+            lambda s, way=way: trained(bench, way, seconds, 0, **s)[0].sample(bench.y, bench.n, Generator().manual_seed(0)),
+        )
+    return found
+
+
+def compare(name: str, size: Size, seed: int, settings: dict[str, dict[str, Any]]) -> list[Row]:
+    """All methods on one problem with one seed."""
+    begin()
+    bench = Bench(name, size.observations, size.draws, seed=12345 + seed)
+    rows = []
+
+    def add(method: str, sample: Callable[..., Particles], evaluations: float | None = None, **options) -> None:
+        try:
+            row = bench.row(method, seed, sample, **options)
+        except ValueError as error:
+            logging.warning("%s: %s: %s", name, method, error)
+            row = Row(name, method, seed, *[math.nan] * 5, math.nan, math.nan, options.get("training", 0.0), options.get("setting", ""))
+        row.evaluations = row.evaluations if evaluations is None else evaluations
+        rows.append(row)
+
+    for method, (run, _) in RIVALS.items():
+        if applies(method, bench):
+            setting = settings.get(method, {})
+            for multiple in (1, MULTIPLE):
+                sample = functools.partial(run, name, bench.problem, multiple=multiple, **setting)
+                sample = functools.partial(lambda sample, y, n, g: sample(y=y, n=n, generator=g), sample)
+                add(f"{method}, {multiple} K", sample, STEPS * multiple, setting=text(setting))
+    if seed == 0:
+        fine = exact_problem(name, RECOMMENDED)
+        zeta = settings["DPS"]["zeta"]
+        add(f"DPS, {RECOMMENDED} steps", lambda y, n, g: few_dps(fine, y, n, g, zeta), RECOMMENDED, setting=text(settings["DPS"]))
+    for way in LEARNING_RATES:
+        other, training = trained(bench, way, size.seconds, seed, **settings[way])
+        add(way, lambda y, n, g, p=other: importance(p, y, n, g), training=training, setting=text(settings[way]), weighted=True)
+    untrained = Posterior(bench.prior, bench.model)
+    add("ours, untrained", lambda y, n, g: importance(untrained, y, n, g), weighted=True)
+    ours, training = trained(bench, "ours", size.seconds, seed)
+    add("ours", lambda y, n, g: importance(ours, y, n, g), training=training, weighted=True)
+    add("ours, plain draws", ours.sample, STEPS, training=training)
+    budget = {"budget": MULTIPLE * STEPS}
+    for method, correct in {"importance": importance, "SMC": smc, "re-noising chains": renoise_mcmc, "refined population": refine}.items():
+        add(f"ours, {method}", lambda y, n, g, correct=correct: correct(ours, y, n, g, **budget), training=training)
+    return rows
+
+
+def few_dps(problem: ExactProblem, y: Tensor, n: int, generator: Generator, zeta: float) -> Particles:
+    return dps(problem.prior, problem.problem, y, n, generator, zeta=zeta, batch_size=BATCH)
+
+
+def text(setting: dict[str, Any]) -> str:
+    return ", ".join(f"{key.rstrip('_')} {value:g}" for key, value in setting.items())
+
+
+def begin() -> None:
+    """In each process."""
+    torch.set_num_threads(1)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+
+
+# What is written
+
+
+def summary(rows: list[Row]) -> list[str]:
+    """Markdown: per problem and method, means over the seeds; the error of the distance over all observations."""
+    columns = ["method", "SW / floor", "coverage of 90 %", "median log Z error", "ESS / n", "evaluations per draw", "CPU s per 1,000 draws"]
+    columns += ["training, CPU s", "setting"]
+    lines = []
+    for problem in dict.fromkeys(row.problem for row in rows):
+        lines += ["", f"### {problem}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+        own = [row for row in rows if row.problem == problem]
+        for method in dict.fromkeys(row.method for row in own):
+            lines.append(line(method, [row for row in own if row.method == method]))
+    return lines[1:]
+
+
+def line(method: str, rows: list[Row]) -> str:
+    def mean(name: str) -> float:
+        return sum(getattr(row, name) for row in rows) / len(rows)
+
+    def cell(value: float, form: str) -> str:
+        return "" if math.isnan(value) else format(value, form)
+
+    error = math.sqrt(sum(row.distance_error**2 for row in rows)) / len(rows)
+    distance = "failed" if math.isnan(mean("distance")) else f"{mean('distance'):.2f} ± {error:.2f}"
+    cells = [method, distance, cell(mean("coverage"), ".3f"), cell(mean("log_z_error"), ".3f"), cell(mean("ess"), ".3g")]
+    cells += [cell(mean("evaluations"), ".0f"), cell(mean("seconds_per_1000"), ".2g"), cell(mean("training_seconds"), ".0f")]
+    return f"| {' | '.join(cells)} | {rows[0].setting} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--problems", nargs="+", default=["gmm2", "gmm10", "gmm40", "abs2", "poisson2"], choices=list(EXACT_PROBLEMS))
-    parser.add_argument("--seconds", type=float, default=120.0)
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--observations", type=int, default=20)
-    parser.add_argument("--draws", type=int, default=512)
-    parser.add_argument("--quick", action="store_true", help="10 seconds of training, 10 observations, 256 draws")
-    parser.add_argument("--csv", type=Path)
+    parser.add_argument("--problems", nargs="+", default=list(EXACT_PROBLEMS), choices=list(EXACT_PROBLEMS))
+    parser.add_argument("--quick", action="store_true", help="one seed, 4 observations, 64 draws, 4 seconds of training")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent)
     args = parser.parse_args()
-    if args.quick:
-        args.seconds, args.observations, args.draws = 10.0, 10, 256
-    torch.set_num_threads(1)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
-    columns = ["problem", "method", "seed", "SW / floor", "coverage of 90 %", "log Z error", "ESS / n", "evaluations per draw"]
-    columns += ["s per 1,000", "training, s"]
-    print(f"| {' | '.join(columns)} |\n" + "|---" * len(columns) + "|", flush=True)
-    found: list[Row] = []
-    for name in args.problems:
-        bench = Bench(name, args.observations, args.draws)
-        for seed in range(args.seeds):
-            for row in rows(bench, args.seconds, seed):
-                print(row, flush=True)
-                found.append(row)
-    if args.csv:
-        with args.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [f.name for f in fields(Row)])
-            writer.writeheader()
-            writer.writerows(asdict(row) for row in found)
+    size = Size(observations=4, draws=64, seconds=4.0, seeds=1) if args.quick else Size()
+    start, rows = time.perf_counter(), []
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        # the slowest problems first, so that both processes end together
+        names = sorted(args.problems, key=lambda name: -exact_problem(name, 2).prior.shape.numel())
+        running: dict[Any, str] = {pool.submit(tune, name, size): name for name in names}
+        tuning = set(running)
+        bar = tqdm(total=len(names) * (1 + size.seeds), desc="problems and seeds")
+        while running:
+            for job in wait(running, return_when=FIRST_COMPLETED).done:
+                name = running.pop(job)
+                bar.update()
+                if job in tuning:
+                    running |= {pool.submit(compare, name, size, seed, job.result()): name for seed in range(size.seeds)}
+                else:
+                    rows += job.result()
+                    write(sorted(rows, key=lambda row: (args.problems.index(row.problem), row.seed)), args.output)
+    bar.close()
+    print(f"{time.perf_counter() - start:.0f} s; {args.output / 'posterior_table.md'}")
+
+
+def write(rows: list[Row], folder: Path) -> None:
+    """The table as it is so far."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "posterior_table.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, [f.name for f in fields(Row)])
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+    (folder / "posterior_table.md").write_text("\n".join(summary(rows)) + "\n")
 
 
 if __name__ == "__main__":

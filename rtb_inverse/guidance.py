@@ -235,6 +235,8 @@ class GaussianGuidance(AffineGuide):
 
     exact = True
     variance: Tensor
+    prior_variance: Tensor
+    prior_basis: Tensor
     pull: Tensor
 
     def __init__(self, problem: InverseProblem, prior: Prior, beta: float = 1.0):
@@ -243,14 +245,24 @@ class GaussianGuidance(AffineGuide):
         A, C = self.matrix.double(), prior.gaussian_covariance()
         gain = torch.linalg.solve(A @ C @ A.T + torch.diag(self.noise_variance), A @ C).T
         left = C - gain @ A @ C
+        for name, value in zip(("prior_variance", "prior_basis"), torch.linalg.eigh(C), strict=True):
+            self.register_buffer(name, value, persistent=False)
         variance, self.basis = torch.linalg.eigh((left + left.T) / 2)
         self.register_buffer("variance", variance.clamp_min(1e-12), persistent=False)
         self.register_buffer("pull", self.basis.T @ A.T / self.noise_variance, persistent=False)
 
     def at(self, x_t, t):
         """Eigenvalues of Cov[x_0 | x_t, y], (*t.shape, d)."""
-        alpha, sigma = (c[..., None] for c in self.schedule.alpha_sigma(t.to(self.variance.device)))
-        return self.variance * sigma**2 / (alpha**2 * self.variance + sigma**2)
+        return self._left(self.variance, t)
+
+    def covariance(self, t: Tensor) -> Tensor:
+        """Cov[x_0 | x_t], without y: (*t.shape, d, d)."""
+        return (self.prior_basis * self._left(self.prior_variance, t)[..., None, :]) @ self.prior_basis.T
+
+    def _left(self, variance: Tensor, t: Tensor) -> Tensor:
+        """What x_t leaves of the variances (d,) of x_0: (*t.shape, d)."""
+        alpha, sigma = (c[..., None] for c in self.schedule.alpha_sigma(t.to(variance.device)))
+        return variance * sigma**2 / (alpha**2 * variance + sigma**2)
 
     def forward(self, x_0, y, error, at=None):
         basis, pull, level = self.basis.to(x_0.dtype), self.pull.to(x_0.dtype), at.mean(-1)

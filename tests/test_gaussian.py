@@ -10,7 +10,7 @@ from torch.distributions import MultivariateNormal
 
 from priors import GaussianMixturePrior, GaussianPrior
 from rtb_inverse.chains import Prior, Trajectory, initial_log_prob, path_log_prob, renoise, rollout
-from rtb_inverse.corrections import importance
+from rtb_inverse.corrections import importance, smc
 from rtb_inverse.guidance import GaussianGuidance, affine
 from rtb_inverse.lightning import fit
 from rtb_inverse.posterior import Posterior
@@ -182,6 +182,18 @@ def test_tempered_guidance_is_exact_too(make_prior, generator):
     guided = Posterior(prior, InverseProblem(A, GaussianNoise(0.5)), beta=4.0, width=8)
     path = rollout(guided, 5, y, generator)
     exactly(path_log_prob(prior.posterior(A, 0.25, y), path), path.log_prob, atol=1e-8)
+
+
+@pytest.mark.parametrize("beta", [1.0, 4.0])
+def test_the_particles_of_the_guided_start_have_one_weight(beta, make_prior, generator):
+    """The twist is p(y | x_t)^beta there: no step changes a weight, which is Z(y)."""
+    prior = make_prior("gaussian")
+    A, y = observed(prior, generator)
+    posterior = Posterior(prior, InverseProblem(A, GaussianNoise(0.5 * beta**0.5)), beta=beta, width=8)
+    start, later = (smc(posterior, y, 7, generator, threshold=t).log_w for t in (0.0, 1.0))
+    exactly(start, later[:1].expand_as(start), atol=1e-8)
+    if beta == 1:
+        exactly(start, prior.log_evidence(A, 0.5, y).expand_as(start), atol=1e-8)
 
 
 @pytest.mark.parametrize("kind", ["box", "blur"])

@@ -28,7 +28,7 @@ from rtb_inverse.guidance import AffineGuide, DenseGuidance, LocalGuidance, Mask
 from rtb_inverse.particles import check_below_infinity
 from rtb_inverse.posterior import Posterior
 from rtb_inverse.problems import GaussianNoise
-from rtb_inverse.references import CHUNK, References
+from rtb_inverse.references import References
 
 TWISTS = ("guide", "likelihood", "none")
 Twist = Callable[[Tensor, Tensor, Tensor], Tensor]  # x_t (N, B, *shape), the estimate x0hat there, t; to log psi_t (N, B)
@@ -118,7 +118,7 @@ def reference_twist(posterior: Posterior, references: References, y: Tensor) -> 
         x, (alpha, sigma) = references.x.flatten(1), (c.to(x_t) for c in references.schedule.alpha_sigma(t))
         states, rows = x_t.reshape(-1, x.shape[1]), torch.arange(x_t.shape[:2].numel(), device=x_t.device) % len(y)
         parts = []
-        for part, row in zip(states.split(CHUNK), rows.split(CHUNK), strict=True):
+        for part, row in zip(states.split(references.chunk), rows.split(references.chunk), strict=True):
             log_w = alpha / sigma**2 * (part @ x.T - alpha / 2 * x.square().sum(1))
             parts.append((log_w + log_lik[row]).logsumexp(1) - log_w.logsumexp(1))
         return torch.cat(parts).reshape(x_t.shape[:2])
