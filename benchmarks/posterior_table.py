@@ -1,8 +1,8 @@
 """Our sampler, its corrections and its rivals on problems whose posterior is known (`tasks.exact`):
 
-    python benchmarks/posterior_table.py [--quick] [--problems gmm2 ...] [--output FOLDER]
+    python benchmarks/posterior_table.py [--quick] [--problems gmm2 ...] [--seeds 3] [--seconds 60] [--output FOLDER]
 
-Same prior, chain of K = 40 steps and observations for all; three seeds, each with its own observations and training. Per method:
+Same prior, chain of K = 40 steps and observations for all; every seed has its own observations and training. Per method:
 
     SW / floor      sliced Wasserstein to exact draws, over that of two independent exact sets
     coverage        of the element-wise 90 % intervals, the truth being any exact draw; its level for so few draws is subtracted, 0.9 added
@@ -75,6 +75,7 @@ class Size:
     draws: int = 256
     seconds: float = 60.0
     seeds: int = SEEDS
+    tuned: bool = True
 
 
 # Rivals without training: sample(problem, y, n, generator, multiple, **setting), where an evaluation budget of multiple K is spent on
@@ -127,6 +128,7 @@ RIVALS: dict[str, tuple[Callable[..., Particles], list[dict[str, Any]]]] = {
     "deepinv DiffPIR": (functools.partial(run_deepinv, "diffpir"), both("lambda_", (1.0, 7.0), "zeta", (0.3, 1.0))),
     "deepinv DDRM": (functools.partial(run_deepinv, "ddrm"), both("eta", (0.85, 1.0), "eta_b", (0.5, 1.0))),
 }
+SPEEDS: dict[tuple[str, str], float] = {}  # CPU seconds of a training step, by problem and way
 LEARNING_RATES = {"NPE": (3e-4, 1e-3, 3e-3, 1e-2), "REINFORCE": (1e-4, 3e-4, 1e-3, 3e-3)}
 
 
@@ -152,7 +154,9 @@ class Bench:
         """(B,)"""
         return sliced_wasserstein(x, self.exact, generator=Generator().manual_seed(1)) / self.floor
 
-    def row(self, method: str, seed: int, sample: Callable[..., Particles], training: float = 0.0, setting: str = "", weighted: bool = False):
+    def row(
+        self, method: str, seed: int, sample: Callable[..., Particles], training: float = 0.0, setting: str = "", weighted: bool = False
+    ):
         """Run one method. Draws with weights are judged as they come, by their weights only where `weighted` says that these are its."""
         start = time.process_time()
         draws = sample(self.y, self.n, Generator().manual_seed(100 + seed))
@@ -178,13 +182,17 @@ def trained(bench: Bench, way: str, seconds: float, seed: int, **options) -> tup
     posterior = fresh()
     if posterior.guide is not None and posterior.guide.exact and way == "ours":
         return posterior, 0.0
-    fit(fresh(), 2, seed, **options)
-    begin = time.process_time()
-    fit(fresh(), 12, seed, **options)
-    steps = max(10, int(seconds / (time.process_time() - begin) * 12))
-    begin = time.process_time()
-    fit(posterior, steps, seed, **options)
-    return posterior, time.process_time() - begin
+    if (bench.name, way) not in SPEEDS:
+        costs = [process_seconds(lambda: fit(fresh(), n, seed, **options)) for n in (2, 8)]
+        SPEEDS[bench.name, way] = max(costs[1] - costs[0], 1e-3) / 6
+    steps = max(10, int(seconds / SPEEDS[bench.name, way]))
+    return posterior, process_seconds(lambda: fit(posterior, steps, seed, **options))
+
+
+def process_seconds(work: Callable[[], Any]) -> float:
+    start = time.process_time()
+    work()
+    return time.process_time() - start
 
 
 def applies(method: str, bench: Bench) -> bool:
@@ -196,6 +204,8 @@ def applies(method: str, bench: Bench) -> bool:
 
 def tune(name: str, size: Size) -> dict[str, dict[str, Any]]:
     """The settings of the rivals for a problem: nearest to exact draws over observations of their own."""
+    if not size.tuned:
+        return {method: settings[0] for method, (_, settings) in RIVALS.items()} | {way: {"lr": 1e-3} for way in LEARNING_RATES}
     begin()
     bench, found = Bench(name, 8, size.draws // 2, seed=999), {}
 
@@ -246,7 +256,12 @@ def compare(name: str, size: Size, seed: int, settings: dict[str, dict[str, Any]
     if seed == 0:
         fine = exact_problem(name, RECOMMENDED)
         zeta = settings["DPS"]["zeta"]
-        add(f"DPS, {RECOMMENDED} steps", lambda y, n, g: few_dps(fine, y, n, g, zeta), RECOMMENDED, setting=text(settings["DPS"]))
+        add(
+            f"DPS, {RECOMMENDED} steps",
+            lambda y, n, g: dps(fine.prior, fine.problem, y, n, g, zeta=zeta, batch_size=BATCH),
+            RECOMMENDED,
+            setting=text(settings["DPS"]),
+        )
     for way in LEARNING_RATES:
         other, training = trained(bench, way, size.seconds, seed, **settings[way])
         add(way, lambda y, n, g, p=other: importance(p, y, n, g), training=training, setting=text(settings[way]), weighted=True)
@@ -259,10 +274,6 @@ def compare(name: str, size: Size, seed: int, settings: dict[str, dict[str, Any]
     for method, correct in {"importance": importance, "SMC": smc, "re-noising chains": renoise_mcmc, "refined population": refine}.items():
         add(f"ours, {method}", lambda y, n, g, correct=correct: correct(ours, y, n, g, **budget), training=training)
     return rows
-
-
-def few_dps(problem: ExactProblem, y: Tensor, n: int, generator: Generator, zeta: float) -> Particles:
-    return dps(problem.prior, problem.problem, y, n, generator, zeta=zeta, batch_size=BATCH)
 
 
 def text(setting: dict[str, Any]) -> str:
@@ -309,10 +320,12 @@ def line(method: str, rows: list[Row]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problems", nargs="+", default=list(EXACT_PROBLEMS), choices=list(EXACT_PROBLEMS))
-    parser.add_argument("--quick", action="store_true", help="one seed, 4 observations, 64 draws, 4 seconds of training")
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--seconds", type=float, default=60.0, help="CPU seconds of each training")
+    parser.add_argument("--quick", action="store_true", help="one seed, 4 observations, 64 draws, 4 seconds of training, nothing tuned")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)
     args = parser.parse_args()
-    size = Size(observations=4, draws=64, seconds=4.0, seeds=1) if args.quick else Size()
+    size = Size(4, 64, 4.0, 1, tuned=False) if args.quick else Size(seconds=args.seconds, seeds=args.seeds)
     start, rows = time.perf_counter(), []
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         # the slowest problems first, so that both processes end together
