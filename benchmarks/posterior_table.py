@@ -183,7 +183,7 @@ def trained(bench: Bench, way: str, seconds: float, seed: int, **options) -> tup
     if posterior.guide is not None and posterior.guide.exact and way == "ours":
         return posterior, 0.0
     if (bench.name, way) not in SPEEDS:
-        costs = [process_seconds(lambda: fit(fresh(), n, seed, **options)) for n in (2, 8)]
+        costs = [process_seconds(lambda n=n: fit(fresh(), n, seed, **options)) for n in (2, 8)]
         SPEEDS[bench.name, way] = max(costs[1] - costs[0], 1e-3) / 6
     steps = max(10, int(seconds / SPEEDS[bench.name, way]))
     return posterior, process_seconds(lambda: fit(posterior, steps, seed, **options))
@@ -226,7 +226,9 @@ def tune(name: str, size: Size) -> dict[str, dict[str, Any]]:
         seconds = size.seconds / 4
         found[way] = best(
             over("lr", *rates),
-            lambda s, way=way: trained(bench, way, seconds, 0, **s)[0].sample(bench.y, bench.n, Generator().manual_seed(0)),
+            lambda s, way=way, seconds=seconds: trained(bench, way, seconds, 0, **s)[0].sample(
+                bench.y, bench.n, Generator().manual_seed(0)
+            ),
         )
     return found
 

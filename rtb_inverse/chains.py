@@ -199,6 +199,7 @@ class Trajectory:
         log_prob: (n, B), n <= N, log density of the first n paths under the chain that `rollout` drew them with, given the start where
             it was given one; None where no chain drew the paths.
         means: of the steps that drew the states, (K, N, B, *shape), where `rollout` was asked to keep them.
+        given_start: densities are those of the path given its first state.
     """
 
     x: Tensor
@@ -206,6 +207,7 @@ class Trajectory:
     y: Tensor | None = None
     log_prob: Tensor | None = None
     means: Tensor | None = None
+    given_start: bool = False
 
     @property
     def x_0(self) -> Tensor:
@@ -217,7 +219,7 @@ class Trajectory:
 
     def draws(self, part: slice) -> "Trajectory":
         """The paths of some of the N draws, not scored."""
-        return Trajectory(self.x[:, part], self.times, self.y)
+        return Trajectory(self.x[:, part], self.times, self.y, given_start=self.given_start)
 
     @staticmethod
     def cat(parts: "list[Trajectory]") -> "Trajectory":
@@ -226,7 +228,8 @@ class Trajectory:
             return parts[0]
         known = list(takewhile(lambda log_prob: log_prob is not None, (part.log_prob for part in parts)))
         log_prob = torch.cat(known) if known else None
-        return Trajectory(torch.cat([part.x for part in parts], 1), parts[0].times, parts[0].y, log_prob)
+        x = torch.cat([part.x for part in parts], 1)
+        return Trajectory(x, parts[0].times, parts[0].y, log_prob, given_start=parts[0].given_start)
 
 
 @torch.no_grad()
@@ -251,7 +254,7 @@ def rollout(
     times = chain.times if level is None else chain.times[chain.steps - check_count("level", level) :]
     initial = chain.initial((n, b))
     x = draw(initial, generator) if start is None else start
-    states, means, log_prob = [x], [], initial.log_prob(x) if start is None else x.new_zeros((n, b))
+    states, means, log_prob = [x], [], initial.log_prob(x) if start is None else x.new_zeros(x.shape[:2])
     for t, s in tqdm(pairwise(times), "denoising", total=len(times) - 1, disable=not progress, leave=False):
         step = chain.transition(x, t, s, y)
         x = draw(step, generator)
@@ -261,7 +264,7 @@ def rollout(
         log_prob = log_prob + step.log_prob(x)
         states.append(x)
         means += [step.mean] if keep_means else []
-    return Trajectory(torch.stack(states), times, y, log_prob, torch.stack(means) if keep_means else None)
+    return Trajectory(torch.stack(states), times, y, log_prob, torch.stack(means) if keep_means else None, start is not None)
 
 
 @torch.no_grad()
@@ -363,8 +366,8 @@ def initial_log_prob(chain: Chain, trajectory: Trajectory) -> Tensor:
 
 
 def path_log_prob(chain: Chain, trajectory: Trajectory, chunk_size: int | None = None) -> Tensor:
-    """log p(tau | y) of whole paths, (N, B), all steps in batched calls of at most `chunk_size` states."""
-    total = initial_log_prob(chain, trajectory)
+    """log p(tau | y) of whole paths, (N, B), or given their start; all steps in batched calls of at most `chunk_size` states."""
+    total = trajectory.x.new_zeros(trajectory.x.shape[1:3]) if trajectory.given_start else initial_log_prob(chain, trajectory)
     for k, n in chunks(trajectory, chunk_size):
         total = total.index_add(0, n, step_log_prob(chain, trajectory, k, n))
     return total

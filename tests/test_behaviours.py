@@ -556,3 +556,31 @@ def test_bridges_of_an_inexact_chain_are_its_own(generator):
         assert abs(z(residual * (x_0 - 1))) < 4.5 and abs(z(residual)) < 4.5 and abs(z(residual**2 - 1)) < 4.5
         off.append(abs(z((fresh.x[k + 1, :, 0] - b) * (x_0 - 1))))
     assert max(off) > 10
+
+
+# Parts of paths
+
+
+def test_a_path_is_its_upper_part_and_what_is_below(generator):
+    posterior = posterior_of()
+    paths = on_policy(posterior, filled_store(posterior, generator), torch.arange(3), 2, generator)
+    upper = Trajectory(paths.x[:3], paths.times[:3], paths.y)
+    lower = Trajectory(paths.x[2:], paths.times[2:], paths.y, given_start=True)
+    assert lower.draws(slice(1)).given_start
+    torch.testing.assert_close(path_log_prob(posterior, upper) + path_log_prob(posterior, lower), path_log_prob(posterior, paths))
+
+
+@pytest.mark.parametrize("level", [1, 2, K])
+def test_the_exact_posterior_balances_below_any_state(level, generator):
+    """log q - log p - log lik of paths that share x_t is one number, - log h(x_t, y); of the prior's own paths it is not."""
+    prior = GaussianMixturePrior.random(D, 4, 0, torch.float64, steps=K)
+    A, noise = torch.randn((2, D), generator=generator, dtype=torch.float64), 0.5
+    problem = InverseProblem(A, GaussianNoise(noise), shape=(D,))
+    y = problem.simulate(prior.sample(6, generator), generator)
+    roots = rollout(prior, 1, y, generator).x[K - level]  # any states will do
+    spread = {}
+    for name, chain in (("exact", prior.posterior(A, noise, y)), ("prior", prior)):
+        below = rollout(chain, 50, y, generator, start=roots.expand(50, *roots.shape[1:]), level=level)
+        residual = below.log_prob - path_log_prob(prior, below) - problem.log_likelihood(below.x_0, y)
+        spread[name] = float(residual.std(0).max())
+    assert spread["exact"] < 1e-8 < 1e-2 < spread["prior"]

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import count, pairwise
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
-from rtb_inverse.chains import Chain, Trajectory, initial_log_prob, path_log_prob, renoise, rollout
+from rtb_inverse.chains import Chain, Trajectory, path_log_prob, renoise, rollout
 from rtb_inverse.checks import check_count, check_tensor
 from rtb_inverse.corrections.weights import check_budget, log_likelihood, path_log_weights
 from rtb_inverse.diagnostics import effective_draws, split_r_hat
@@ -208,4 +209,4 @@ def redenoise(
 
 def lower_log_prob(chain: Chain, path: Trajectory, chunk_size: int | None) -> Tensor:
     """log-density of a path given its first state, (N, B)."""
-    return path_log_prob(chain, path, chunk_size) - initial_log_prob(chain, path)
+    return path_log_prob(chain, replace(path, given_start=True), chunk_size)
