@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 from rtb_inverse.checks import check_count, check_finite
 
 
-@dataclass
+@dataclass(repr=False)
 class Particles:
     """Weighted draws.
 
@@ -38,6 +38,10 @@ class Particles:
             )
         check_finite("x", self.x)
         check_below_infinity("log_w", self.log_w)
+
+    def __repr__(self) -> str:
+        (n, b), shape = self.log_w.shape, tuple(self.x.shape[2:])
+        return f"Particles({n} draws of shape {shape} for each of {b} observations, ESS {float(self.ess.mean()):.1f})"
 
     @property
     def weights(self) -> Tensor:

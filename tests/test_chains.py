@@ -384,8 +384,10 @@ def test_rollout_from_a_level(path, generator):
     part = rollout(chain, 5, generator=generator, start=start, level=chain.steps - 1)
     assert torch.equal(part.x[0], start) and part.steps == chain.steps - 1
     assert torch.equal(part.times, chain.times[1:])
-    given = path_log_prob(chain, part) - initial_log_prob(chain, part)  # the density of what was drawn, given the start
+    whole = Trajectory(part.x, part.times)
+    given = path_log_prob(chain, whole) - initial_log_prob(chain, whole)  # the density of what was drawn, given the start
     torch.testing.assert_close(part.log_prob, given, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(path_log_prob(chain, part), given, rtol=1e-4, atol=1e-4)
 
 
 def test_extra_noise_widens_every_step(schedule, generator, assert_mean):

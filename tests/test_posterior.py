@@ -499,7 +499,9 @@ def test_weights_are_normalised_and_moments_are_weighted(particles):
 def test_ess_is_between_one_and_n():
     x = torch.zeros(5, 3, 1)
     log_w = torch.tensor([[0.0] * 5, [0.0] + [-1e4] * 4, [0.0, 0.0] + [-1e4] * 3]).T
-    torch.testing.assert_close(Particles(x, log_w).ess, torch.tensor([5.0, 1.0, 2.0]))
+    particles = Particles(x, log_w)
+    torch.testing.assert_close(particles.ess, torch.tensor([5.0, 1.0, 2.0]))
+    assert repr(particles) == "Particles(5 draws of shape (1,) for each of 3 observations, ESS 2.7)"
 
 
 def test_log_z_and_its_error_are_those_of_a_known_integral(assert_mean):
