@@ -26,6 +26,15 @@ def check_ratio(name: str, value: float, most: float = 1) -> float:
     return value
 
 
+def lay_out(y: Tensor) -> Tensor:
+    """y (B, *y_shape) as images (B, 1 or 3, h, w): itself where it is one, else line by line, with NaN at the end of the last."""
+    if y.ndim == 4 and y.shape[1] in (1, 3):
+        return y
+    flat = y.flatten(1)
+    width = math.isqrt(flat.shape[1] - 1) + 1
+    return nn.functional.pad(flat, (0, -flat.shape[1] % width), value=math.nan).reshape(len(y), 1, -1, width)
+
+
 class LinearTask(InverseProblem):
     """A linear operator on images under Gaussian noise.
 
@@ -67,9 +76,5 @@ class LinearTask(InverseProblem):
         return (y.flatten(1) @ self.inverse.to(y.dtype).T).reshape(-1, *self.shape)
 
     def picture(self, y: Tensor) -> Tensor:
-        """y laid out as images (B, 1 or 3, h, w) to look at, NaN where there is nothing: by default itself, or line by line."""
-        if y.ndim == 4 and y.shape[1] in (1, 3):
-            return y
-        flat = y.flatten(1)
-        width = math.isqrt(flat.shape[1] - 1) + 1
-        return nn.functional.pad(flat, (0, -flat.shape[1] % width), value=math.nan).reshape(len(y), 1, -1, width)
+        """y laid out as images to look at, (B, 1 or 3, h, w), NaN where there is nothing."""
+        return lay_out(y)
