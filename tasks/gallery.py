@@ -94,11 +94,11 @@ def picture(problem: InverseProblem, y: Tensor) -> Tensor:
 
 
 def show(ax, image: Tensor, limits: tuple[float, float], aspect: str = "equal") -> None:
-    """One image (C, h, w): in colours where C is 3, else its first channel."""
+    """One image (C, h, w) in colours where C is 3, else its first channel."""
     low, high = limits
     scaled = ((image - low) / max(high - low, 1e-9)).clamp(0, 1)
     pixels = scaled.permute(1, 2, 0) if len(image) == 3 else scaled[0]
-    ax.imshow(pixels, plt.get_cmap("gray").with_extremes(bad="#c8b89a"), vmin=0, vmax=1, interpolation="nearest", aspect=aspect)
+    ax.imshow(pixels.numpy(), plt.get_cmap("gray").with_extremes(bad="#c8b89a"), vmin=0, vmax=1, interpolation="nearest", aspect=aspect)
 
 
 def main(folder: str = "priors/mnist", file: str = "tasks/gallery.png") -> None:
