@@ -20,6 +20,7 @@ from torch import nn
 
 import rtb_inverse.guidance
 import tasks.linear
+from rtb_inverse.corrections.twists import gaussian_log_evidence
 from rtb_inverse.guidance import COVARIANCE_LIMIT, CovarianceGuidance, DenseGuidance, GradientGuidance, MaskGuidance, affine, guidance
 from rtb_inverse.posterior import Posterior
 from rtb_inverse.problems import GaussianNoise, InverseProblem
@@ -258,6 +259,19 @@ def test_denoising_shrinks_element_by_element(generator):
     update = guidance(problem)(x_0, y, error)
     torch.testing.assert_close(update.delta, error / (error + 0.09) * (y - x_0))
     torch.testing.assert_close(update.shrink, 0.09 / (error + 0.09))
+
+
+def test_denoising_is_inpainting_with_nothing_hidden(make_prior, generator):
+    """Guide and twist take an image of observations as they take a vector of them."""
+    prior = make_prior("unet2d", measured=False)
+    both = [Posterior(prior, Denoising(SHAPE, 0.3)), Posterior(prior, Inpainting(SHAPE, torch.ones(SHAPE, dtype=torch.bool), 0.3))]
+    assert [type(posterior.guide) for posterior in both] == [MaskGuidance] * 2
+    x_t, y, t = randn(generator, 4, 2, *SHAPE).float(), randn(generator, 2, *SHAPE).float(), prior.times[1]
+    estimate, error = prior.denoise(x_t, t.expand(4, 1)), both[0].error(t)
+    moves = [posterior.guide(estimate, seen, error).delta for posterior, seen in zip(both, (y, y.flatten(1)), strict=True)]
+    assert torch.equal(*moves)
+    twists = [gaussian_log_evidence(posterior, x_t, estimate, t, seen) for posterior, seen in zip(both, (y, y.flatten(1)), strict=True)]
+    assert torch.equal(*twists) and twists[0].shape == (4, 2)
 
 
 # The operators
