@@ -164,7 +164,7 @@ def test_a_saved_posterior_rebuilds_its_problem(name, tmp_path, make_prior, gene
     assert torch.equal(*draws) and torch.isfinite(draws[0]).all()
 
 
-@pytest.mark.parametrize("name", ["complex mri", "colourisation", *RANDOM])
+@pytest.mark.parametrize("name", ["colourisation", *RANDOM])
 def test_what_was_drawn_comes_from_the_saved_buffers(name):
     """Even where another version of torch would draw otherwise."""
     problem = PROBLEMS[name]()
@@ -378,7 +378,7 @@ def test_the_half_plane_says_all_of_a_real_image_once(H, W):
     assert int(torch.linalg.matrix_rank(matrix)) == H * W == int((matrix.norm(dim=1) > 1e-9).sum())
 
 
-@pytest.mark.parametrize("n", [8, 9, 28])
+@pytest.mark.parametrize("n", [8, 9, 12, 15])
 @pytest.mark.parametrize("angles, arc", [(5, 180.0), (4, 90.0), (1, 180.0)])
 def test_projections_are_deepinvs(n, angles, arc, generator):
     problem = Tomography((2, n, n), angles, arc, air=-1.0)
