@@ -88,9 +88,10 @@ def gallery(x: Tensor, file: str | Path, examples: dict[str, Callable[[Size], In
 
 def picture(problem: InverseProblem, y: Tensor) -> Tensor:
     """y as images (B, 1 or 3, h, w), NaN where nothing was seen: by the problem's own `picture` or `image` where it has one."""
-    if hasattr(problem, "picture"):
-        return problem.picture(y)
-    return problem.image(y, math.nan) if hasattr(problem, "image") else lay_out(y)
+    own, image = getattr(problem, "picture", None), getattr(problem, "image", None)
+    if own is not None:
+        return own(y)
+    return lay_out(y) if image is None else image(y, math.nan)
 
 
 def show(ax, image: Tensor, limits: tuple[float, float], aspect: str = "equal") -> None:
