@@ -72,13 +72,13 @@ class MaskGuidance(Guide):
         super().__init__()
         self.register_buffer("mask", problem.mask, persistent=False)
         std = torch.zeros(problem.shape, dtype=problem.noise.std.dtype, device=problem.mask.device)
-        std[problem.mask] = problem.noise.std
+        std[problem.mask] = problem.noise.std.expand(problem.y_shape).flatten()
         self.register_buffer("noise_variance", std.double() ** 2, persistent=False)
 
     def forward(self, x_0, y, error, at=None):
         gain = torch.where(self.mask, error / (error + self.noise_variance), torch.zeros_like(error))
         image = y.new_zeros((len(y), *self.mask.shape))
-        image[:, self.mask] = y
+        image[:, self.mask] = y.flatten(1)
         return Update(gain.to(x_0.dtype) * (image - x_0), 1 - gain)
 
 

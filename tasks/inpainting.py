@@ -9,7 +9,7 @@ from torch import Tensor
 from rtb_inverse.checks import check_tensor
 from rtb_inverse.problems import GaussianNoise, InverseProblem
 
-MASKS = ("box", "half", "random")
+MASKS = ("box", "half", "random", "scratches")
 
 
 def make_mask(kind: str, shape, hidden: float = 0.5, seed: int = 0) -> Tensor:
@@ -17,8 +17,12 @@ def make_mask(kind: str, shape, hidden: float = 0.5, seed: int = 0) -> Tensor:
 
     Args:
         kind: "box" hides the central box of half the length along every spatial axis; "half" hides the second half of the first
-            spatial axis (the lower half of an image); "random" hides a share `hidden` of the positions, chosen by `seed`.
+            spatial axis (the lower half of an image); "random" hides a share `hidden` of the positions, chosen by `seed`; "scratches" hides
+            the strokes of a pen, one pixel wide, drawn one by one until that share of the positions is hidden; for images.
         shape: of x: (d,), (C, L), (C, H, W), ...
+
+    Raises:
+        ValueError: "scratches" for an x that is no image.
     """
     shape = torch.Size(shape)
     spatial = shape if len(shape) == 1 else shape[1:]
@@ -27,10 +31,28 @@ def make_mask(kind: str, shape, hidden: float = 0.5, seed: int = 0) -> Tensor:
         seen[tuple(slice(n // 4, n // 4 + n // 2) for n in spatial)] = False
     elif kind == "half":
         seen[spatial[0] // 2 :] = False
+    elif kind == "scratches":
+        if len(spatial) != 2:
+            raise ValueError(f"mask 'scratches' is for images: shape must be (C, H, W), got {tuple(shape)}")
+        draw_scratches(seen, round(hidden * seen.numel()), torch.Generator().manual_seed(seed))
     else:
         order = torch.randperm(spatial.numel(), generator=torch.Generator().manual_seed(seed))
         seen.view(-1)[order[: round(hidden * spatial.numel())]] = False
     return seen.expand(shape).clone()
+
+
+def draw_scratches(seen: Tensor, count: int, generator: torch.Generator) -> None:
+    """Set `count` positions of an image (H, W) to False along random strokes: quadratic Bézier curves whose ends and bend lie at most about
+    half an image apart."""
+    size = torch.tensor(seen.shape)
+    curve = torch.linspace(0, 1, 4 * int(size.max()))[:, None]
+    while (hidden := int((~seen).sum())) < count:
+        start = torch.rand(2, generator=generator)
+        bend, end = start + 0.8 * (torch.rand((2, 2), generator=generator) - 0.5)
+        stroke = ((1 - curve) ** 2 * start + 2 * curve * (1 - curve) * bend + curve**2 * end) * size
+        for i, j in stroke.floor().long().tolist():
+            if 0 <= i < size[0] and 0 <= j < size[1] and seen[i, j] and hidden < count:
+                seen[i, j], hidden = False, hidden + 1
 
 
 def read_mask(mask, shape) -> Tensor:
@@ -61,9 +83,9 @@ class Inpainting(InverseProblem):
 
     Args:
         shape: of x.
-        mask: "box", "half", "random" (see `make_mask`), or a mask of your own, True where x is seen (see `read_mask`).
+        mask: "box", "half", "random", "scratches" (see `make_mask`), or a mask of your own, True where x is seen (see `read_mask`).
         noise_std: standard deviation of the noise, > 0, in the units of x.
-        hidden, seed: of the random mask.
+        hidden, seed: of the random mask and the scratches.
 
     Raises:
         ValueError: noise_std <= 0; a mask of another shape, or one that sees nothing. TypeError: a mask that is not boolean.

@@ -168,7 +168,11 @@ CASES = {
     ),
     "mask of floats": (lambda: inpainting(torch.ones((8, 8))), TypeError, "mask must be boolean .* got dtype torch.float32"),
     "mask of other integers": (lambda: inpainting(2 * torch.ones((8, 8), dtype=torch.int)), TypeError, "mask must be boolean .* 0 and 1"),
-    "mask misspelt": (lambda: inpainting("bxo"), FileNotFoundError, "mask must be one of box, half, random, an array .* got 'bxo'"),
+    "mask misspelt": (
+        lambda: inpainting("bxo"),
+        FileNotFoundError,
+        "mask must be one of box, half, random, scratches, an array .* got 'bxo'",
+    ),
     "all hidden": (lambda: inpainting("random", hidden=1.0), ValueError, r"hidden must be in \[0, 1\), got 1.0"),
     # prior and posterior
     "prior and problem disagree": (

@@ -108,7 +108,7 @@ def import_deepinv() -> ModuleType:
     try:
         import deepinv
     except ImportError as error:
-        raise ImportError("deepinv_sampler needs deepinv, which comes with the extra: pip install rtb-inverse[dev]") from error
+        raise ImportError("deepinv_sampler needs deepinv, one of the requirements of rtb-inverse: install it anew") from error
     return deepinv
 
 

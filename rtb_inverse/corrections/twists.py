@@ -92,7 +92,7 @@ def gaussian_log_evidence(posterior: Posterior, x_t: Tensor, estimate: Tensor, t
     guide: Any = posterior.guide
     if isinstance(guide, MaskGuidance):
         noise_variance = guide.noise_variance[guide.mask] / posterior.beta
-        residual = (y - estimate[..., guide.mask]).double() * noise_variance.rsqrt()
+        residual = (y.flatten(1) - estimate[..., guide.mask]).double() * noise_variance.rsqrt()
         variance = posterior.error(t)[guide.mask] / noise_variance
     elif isinstance(guide, DenseGuidance):
         known = estimate.flatten(estimate.ndim - guide.event_dim).double() @ guide.basis.double() * guide.singular

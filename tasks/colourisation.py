@@ -1,0 +1,40 @@
+"""Colourisation: an image of three colours is seen in grey."""
+
+import torch
+from torch import Tensor, nn
+
+from tasks.linear import LinearTask, image_shape
+
+LUMA = (0.299, 0.587, 0.114)  # weights of red, green and blue in ITU-R BT.601
+
+
+class Grey(nn.Module):
+    """sum_c w_c x_c: (M, 3, H, W) to (M, 1, H, W)."""
+
+    weights: Tensor
+
+    def __init__(self, weights: Tensor):
+        super().__init__()
+        self.register_buffer("weights", weights)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.weights.to(x.dtype)[:, None, None] * x).sum(1, keepdim=True)
+
+
+class Colourisation(LinearTask):
+    """y = 0.299 red + 0.587 green + 0.114 blue + noise_std n, (B, 1, H, W): the luma of ITU-R BT.601, in the range of x.
+
+    Args:
+        shape: of x, (3, H, W).
+        noise_std: standard deviation of the noise, > 0, in the units of x (whose range is the prior's own, usually [-1, 1]).
+
+    Raises:
+        ValueError: a prior that is not of colour images, shape other than (3, H, W); noise_std <= 0.
+    """
+
+    def __init__(self, shape, noise_std: float = 0.05):
+        super().__init__(Grey(torch.tensor(LUMA)), image_shape(shape, channels=(3,)), noise_std)
+
+    def condition(self, y):
+        """The grey image itself, (B, 1, H, W)."""
+        return y

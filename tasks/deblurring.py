@@ -1,0 +1,112 @@
+"""Deblurring: y is the convolution of x with a known kernel. The kernels are functions here, (size, size), of sum 1, for others to use."""
+
+import torch
+from torch import Generator, Tensor, nn
+
+from rtb_inverse.checks import check_choice, check_count, check_finite, check_positive
+from tasks.linear import LinearTask, image_shape
+
+KERNELS = ("gaussian", "anisotropic", "motion")
+BOUNDARIES = ("reflect", "replicate", "circular", "valid")
+
+
+def odd_size(size: int) -> int:
+    if check_count("size", size) % 2 == 0:
+        raise ValueError(f"size must be odd, so that the kernel has a centre, got {size}")
+    return size
+
+
+def gaussian_kernel(size: int, std: float) -> Tensor:
+    """A Gaussian of standard deviation `std` pixels, (size, size)."""
+    return anisotropic_kernel(size, (check_positive("std", std),) * 2)
+
+
+def anisotropic_kernel(size: int, std: tuple[float, float] = (3.0, 1.0), angle: float = 45.0) -> Tensor:
+    """A Gaussian of standard deviation std[0] pixels along a line and std[1] across it, (size, size). The line is at `angle` degrees to
+    the rows, counter-clockwise as one looks at the image."""
+    from deepinv.physics.functional import gaussian_blur
+
+    if not isinstance(std, (tuple, list)) or len(std) != 2:
+        raise ValueError(f"std must be a pair (along, across) for an anisotropic kernel, got {std!r}")
+    along, across = (check_positive("std", s) for s in std)
+    kernel = gaussian_blur((odd_size(size),) * 2, (across, along), float(angle), dtype=torch.float64)[0, 0]
+    return kernel.div(kernel.sum()).float()
+
+
+def motion_kernel(size: int, seed: int = 0) -> Tensor:
+    """The track of a shaken camera, (size, size): both coordinates are draws of a Gaussian process with a Matérn covariance (Schuler et al.
+    2015, arXiv 1406.7444), the same for the same seed."""
+    from deepinv.physics.generator import MotionBlurGenerator
+
+    kernel = MotionBlurGenerator((odd_size(size),) * 2, rng=Generator().manual_seed(seed)).step()["filter"][0, 0]
+    return kernel / kernel.sum()
+
+
+def read_kernel(kernel) -> Tensor:
+    """A kernel that the user gave, as it is: a tensor, an array or nested lists (h, w), both sides odd."""
+    kernel = torch.as_tensor(kernel).float()
+    if kernel.ndim != 2 or any(n % 2 == 0 for n in kernel.shape):
+        raise ValueError(f"kernel must be one of {', '.join(KERNELS)} or have shape (h, w), both odd, got shape {tuple(kernel.shape)}")
+    return check_finite("kernel", kernel)
+
+
+class Blur(nn.Module):
+    """Convolution of every channel with one kernel (h, w): (M, C, H, W) to itself, or smaller by h - 1 and w - 1 where "valid"."""
+
+    kernel: Tensor
+
+    def __init__(self, kernel: Tensor, boundary: str):
+        super().__init__()
+        self.register_buffer("kernel", kernel)
+        self.boundary = boundary
+
+    def forward(self, x: Tensor) -> Tensor:
+        planes, (h, w) = x.reshape(-1, 1, *x.shape[-2:]), self.kernel.shape
+        if self.boundary != "valid":
+            planes = nn.functional.pad(planes, (w // 2, w // 2, h // 2, h // 2), self.boundary)
+        planes = nn.functional.conv2d(planes, self.kernel.flip(0, 1).to(x.dtype)[None, None])
+        return planes.reshape(*x.shape[:2], *planes.shape[-2:])
+
+
+class Deblurring(LinearTask):
+    """y = kernel * x + noise_std n, every channel for itself.
+
+    Args:
+        shape: of x, (C, H, W).
+        kernel: "gaussian", "anisotropic", "motion" (see the functions of these names), or one of your own (h, w), convolved as it is.
+        size: of the kernel, odd, no larger than the image.
+        std: of the Gaussian, in pixels; of the anisotropic one, the pair along and across.
+        angle: of the anisotropic one, in degrees. seed: of the motion.
+        boundary: what lies around the image. "reflect": its mirror image (about the centre of the border's pixels), "replicate": the
+            border's pixels again, "circular": the image again; y is then (B, C, H, W). "valid": nothing is assumed, and y has only the
+            pixels whose kernel lies inside the image, (B, C, H - h + 1, W - w + 1).
+        noise_std: standard deviation of the noise, > 0, in the units of x (whose range is the prior's own, usually [-1, 1]).
+
+    Raises:
+        ValueError: a kernel that is even-sized, larger than the image or of another name; std <= 0; another boundary; a shape that is not
+            (C, H, W); noise_std <= 0.
+    """
+
+    def __init__(
+        self, shape, kernel="gaussian", noise_std: float = 0.05, size: int = 9, std=1.5, angle: float = 45.0, seed: int = 0,
+        boundary: str = "reflect",
+    ):  # fmt: skip
+        shape = image_shape(shape)
+        match kernel:
+            case "gaussian":
+                kernel = gaussian_kernel(size, std)
+            case "anisotropic":
+                kernel = anisotropic_kernel(size, std, angle)
+            case "motion":
+                kernel = motion_kernel(size, seed)
+            case str():
+                check_choice("kernel", kernel, KERNELS)
+        kernel = read_kernel(kernel)
+        if kernel.shape[0] > shape[1] or kernel.shape[1] > shape[2]:
+            raise ValueError(f"kernel must be no larger than the image, {tuple(shape[1:])}, got {tuple(kernel.shape)}")
+        super().__init__(Blur(kernel, check_choice("boundary", boundary, BOUNDARIES)), shape, noise_std, boundary=boundary)
+
+    @classmethod
+    def from_config(cls, config, weights):
+        """Rebuild from `config` and the saved kernel."""
+        return cls(kernel=weights["operator.kernel"], **config)

@@ -1,0 +1,120 @@
+"""A picture of all tasks: x, the observation y laid out as an image, and what the posterior network sees of it.
+
+python -m tasks.gallery [prior folder] [file]
+"""
+
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg", force=False)
+import matplotlib.pyplot as plt
+import torch
+from torch import Generator, Size, Tensor
+
+from priors import DiffusersPrior
+from rtb_inverse.problems import InverseProblem
+from tasks.colourisation import Colourisation
+from tasks.compressed_sensing import CompressedSensing
+from tasks.deblurring import Deblurring
+from tasks.denoising import Denoising
+from tasks.inpainting import Inpainting
+from tasks.linear import lay_out
+from tasks.mri import MRI
+from tasks.super_resolution import SuperResolution
+from tasks.tomography import Tomography
+
+# From the shape of a prior of grey images, (1, H, W), to the problem.
+EXAMPLES: dict[str, Callable[[Size], InverseProblem]] = {
+    "denoising": lambda shape: Denoising(shape, noise_std=0.5),
+    "inpainting, box": lambda shape: Inpainting(shape, "box"),
+    "inpainting, half": lambda shape: Inpainting(shape, "half"),
+    "inpainting, random": lambda shape: Inpainting(shape, "random", hidden=0.7),
+    "inpainting, scratches": lambda shape: Inpainting(shape, "scratches", hidden=0.3),
+    "super-resolution, ×2": lambda shape: SuperResolution(shape, 2),
+    "super-resolution, ×4": lambda shape: SuperResolution(shape, 4),
+    "deblurring, Gaussian": lambda shape: Deblurring(shape, "gaussian", std=1.5),
+    "deblurring, anisotropic": lambda shape: Deblurring(shape, "anisotropic", std=(3.0, 1.0)),
+    "deblurring, motion": lambda shape: Deblurring(shape, "motion", size=15),
+    "compressed sensing, Gaussian": lambda shape: CompressedSensing(shape, "gaussian", 0.25),
+    "compressed sensing, Hadamard": lambda shape: CompressedSensing(shape, "hadamard", 0.25),
+    "compressed sensing, Fourier": lambda shape: CompressedSensing(shape, "fourier", 0.25),
+    "tomography, 10 angles": lambda shape: Tomography(shape, 10),
+    "tomography, 90 degrees": lambda shape: Tomography(shape, 20, 90.0),
+    "MRI, 4×": lambda shape: MRI(shape, 4),
+    "colourisation": lambda shape: Colourisation((3, *shape[1:])),
+}
+TINTS = torch.tensor([[0.95, 0.55, 0.2], [0.3, 0.75, 0.95], [0.6, 0.9, 0.4]])
+
+
+def tinted(x: Tensor) -> Tensor:
+    """Grey images in [-1, 1], (B, 1, H, W), in colours, (B, 3, H, W): for tasks on colour images."""
+    return TINTS[torch.arange(len(x)) % len(TINTS)][:, :, None, None] * (x + 1) - 1
+
+
+def gallery(x: Tensor, file: str | Path, examples: dict[str, Callable[[Size], InverseProblem]] = EXAMPLES) -> None:
+    """Draw every example on every image.
+
+    Args:
+        x: grey images in [-1, 1], (B, 1, H, W).
+        file: where the picture goes.
+        examples: by their titles.
+    """
+    widths = [1, 1, 1, 0.15] * len(x)  # a gap after each image
+    size = (2.0 + 0.95 * sum(widths), 0.97 * len(examples) + 0.4)
+    fig, axes = plt.subplots(len(examples), len(widths), figsize=size, dpi=110, squeeze=False, gridspec_kw={"width_ratios": widths})
+    for ax in axes.flat:
+        ax.axis("off")
+    for row, (title, make) in zip(axes, examples.items(), strict=True):
+        problem = make(x.shape[1:])
+        truth = x if problem.shape[0] == x.shape[1] else tinted(x)
+        y = problem.simulate(truth, Generator().manual_seed(0))
+        seen, condition = picture(problem, y), problem.condition(y)
+        known = seen[~seen.isnan()]
+        for b in range(len(x)):
+            show(row[4 * b], truth[b], (-1, 1))
+            show(row[4 * b + 1], seen[b], (float(known.min()), float(known.max())), aspect="auto")
+            show(row[4 * b + 2], condition[b], (-1, 1))
+        row[0].text(-0.1, 0.5, title, transform=row[0].transAxes, ha="right", va="center", fontsize=9)
+    for ax, name in zip(axes[0], ("x", "y", "condition(y)", "") * len(x), strict=True):
+        ax.set_title(name, fontsize=9)
+    fig.tight_layout(pad=0.4, h_pad=0.3, w_pad=0.3)
+    fig.savefig(file, bbox_inches="tight", pad_inches=0.08)
+    plt.close(fig)
+
+
+def picture(problem: InverseProblem, y: Tensor) -> Tensor:
+    """y as images (B, 1 or 3, h, w), NaN where nothing was seen: by the problem's own `picture` or `image` where it has one."""
+    own, image = getattr(problem, "picture", None), getattr(problem, "image", None)
+    if own is not None:
+        return own(y)
+    return lay_out(y) if image is None else image(y, math.nan)
+
+
+def show(ax, image: Tensor, limits: tuple[float, float], aspect: str = "equal") -> None:
+    """One image (C, h, w) in colours where C is 3, else its first channel."""
+    low, high = limits
+    scaled = ((image - low) / max(high - low, 1e-9)).clamp(0, 1)
+    pixels = scaled.permute(1, 2, 0) if len(image) == 3 else scaled[0]
+    ax.imshow(pixels.numpy(), plt.get_cmap("gray").with_extremes(bad="#c8b89a"), vmin=0, vmax=1, interpolation="nearest", aspect=aspect)
+
+
+def main(folder: str = "priors/mnist", file: str = "tasks/gallery.png") -> None:
+    """Draw the gallery on three draws of a prior of grey images.
+
+    Raises:
+        FileNotFoundError: no prior in `folder`. ValueError: a prior of other images.
+    """
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"no prior in the folder {folder!r}, expected one of grey images: python -m tasks.gallery FOLDER")
+    prior = DiffusersPrior.from_pretrained(folder)
+    if len(prior.shape) != 3 or prior.shape[0] != 1:
+        raise ValueError(f"the prior in {folder!r} must be one of grey images, (1, H, W), got x of shape {tuple(prior.shape)}")
+    gallery(prior.decode(prior.sample(3, Generator().manual_seed(0))), file)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

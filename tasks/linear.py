@@ -1,0 +1,80 @@
+r"""What the linear problems of imaging share: y = A x + noise_std n, n ~ N(0, I), for images x (C, H, W)."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from rtb_inverse.checks import check_count
+from rtb_inverse.guidance import DENSE_LIMIT, affine, conjugate_gradients
+from rtb_inverse.problems import GaussianNoise, InverseProblem
+
+
+def image_shape(shape, channels: tuple[int, ...] | None = None, square: bool = False) -> torch.Size:
+    """`shape` as (C, H, W), of so many channels; ValueError otherwise."""
+    expected = f"({' or '.join(map(str, channels)) if channels else 'C'}, {'n, n' if square else 'H, W'})"
+    shape = tuple(shape) if isinstance(shape, (tuple, list)) else shape
+    if not isinstance(shape, tuple) or len(shape) != 3 or (channels and shape[0] not in channels) or (square and shape[1] != shape[2]):
+        raise ValueError(f"shape must be {expected}, got {shape!r}")
+    return torch.Size(check_count("sizes in shape", size) for size in shape)
+
+
+def check_ratio(name: str, value: float, most: float = 1) -> float:
+    """`value` if it is in (0, most]; ValueError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= most:
+        raise ValueError(f"{name} must be in (0, {most}], got {value!r}")
+    return value
+
+
+def lay_out(y: Tensor) -> Tensor:
+    """y (B, *y_shape) as images (B, 1 or 3, h, w): itself where it is one, else line by line, with NaN at the end of the last."""
+    if y.ndim == 4 and y.shape[1] in (1, 3):
+        return y
+    flat = y.flatten(1)
+    width = math.isqrt(flat.shape[1] - 1) + 1
+    return nn.functional.pad(flat, (0, -flat.shape[1] % width), value=math.nan).reshape(len(y), 1, -1, width)
+
+
+class LinearTask(InverseProblem):
+    """A linear operator on images under Gaussian noise.
+
+    Args:
+        operator: from (M, *shape) to (M, *y_shape), with its state in buffers.
+        shape: of x, (C, H, W).
+        noise_std: standard deviation of the noise, > 0, in the units of y.
+        config: the other arguments of the subclass, JSON, which rebuild it.
+    """
+
+    iterations = 10  # of conjugate gradients in `condition`, where A is too large for a matrix
+    inverse: Tensor | None
+
+    def __init__(self, operator: nn.Module, shape: torch.Size, noise_std: float, **config):
+        super().__init__(operator, GaussianNoise(noise_std), linear=True)
+        self.config = {"shape": list(shape), "noise_std": float(noise_std), **config}
+        self.register_buffer("inverse", None, persistent=False)
+        self.bind(shape)
+
+    @classmethod
+    def from_config(cls, config: dict, weights: dict[str, Tensor]) -> "LinearTask":
+        """Rebuild from `config`; what was drawn at random is taken from the saved buffers."""
+        problem = cls(**config)
+        problem.load_state_dict(weights)
+        return problem
+
+    def condition(self, y):
+        """E[x | y] of a white x ~ N(0, I), (A^T A + noise_std^2)^{-1} A^T y, (B, C, H, W): by a matrix, made when it is first asked for,
+        or, where that is too large, by a few conjugate gradients."""
+        if self.shape.numel() * self.y_shape.numel() > DENSE_LIMIT:
+            pull = torch.func.vjp(self.operator, y.new_zeros((len(y), *self.shape)))[1]  # type: ignore[misc]  # three only with has_aux
+            variance = self.noise.std.to(y.dtype) ** 2
+            return conjugate_gradients(lambda v: pull(self.operator(v))[0] + variance * v, pull(y)[0], self.iterations)
+        if self.inverse is None:
+            A = affine(self)[0]
+            square = A.double() @ A.double().T
+            square.diagonal().add_(self.noise.std.double() ** 2)
+            self.inverse = torch.linalg.solve(square, A.double()).T.to(A.dtype)  # A^T (A A^T + noise_std^2)^{-1}
+        return (y.flatten(1) @ self.inverse.to(y.dtype).T).reshape(-1, *self.shape)
+
+    def picture(self, y: Tensor) -> Tensor:
+        """y laid out as images to look at, (B, 1 or 3, h, w), NaN where there is nothing."""
+        return lay_out(y)
