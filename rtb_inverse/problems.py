@@ -67,12 +67,15 @@ class InverseProblem(nn.Module):
         shape, y_shape: shapes of one x and one y; known once `shape` is.
         config: what `from_config` needs, beside the buffers, to rebuild the problem (JSON); None where only code can.
         mask: for operators that pick elements of x, the boolean mask of `shape` they pick; else None.
+        smoothed: for problems that see each element of x by itself, the logarithm of int N(x; mean, variance) p(y | x) dx, element by
+            element: a function of mean, y (B, *shape) and variance, which broadcast to (*batch, *shape); else None.
     """
 
     operator: Callable[[Tensor], Tensor]
     noise: Any  # a module with sample(clean, generator) and log_prob(clean, y, event_dim)
     mask: Tensor | None
     config: dict | None = None
+    smoothed: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
     _check_clean = staticmethod(check_finite)
 
     def __init__(self, operator: Callable[[Tensor], Tensor] | Tensor, noise: nn.Module, shape=None, linear: bool | None = None):

@@ -2,7 +2,8 @@ r"""Quantisation to a few bits: y is the bin that x + std n falls into.
 
     p(y = k | x) = Phi((e_{k+1} - x) / std) - Phi((e_k - x) / std),   e_0 = -inf < e_1 < ... < e_{L-1} < e_L = inf,
 
-Phi the normal distribution function: L = 2^bits bins, of equal width on the range [low, high], the outer two open.
+Phi the normal distribution function: L = 2^bits bins, of equal width on the range [low, high], the outer two open. If x is Gaussian
+itself, its variance adds to std^2.
 """
 
 import math
@@ -13,37 +14,59 @@ from torch import Generator, Tensor, nn
 from rtb_inverse.checks import check_count, check_positive, check_tensor
 from rtb_inverse.problems import InverseProblem
 
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+FAR = 40.0  # standard deviations: a Gaussian has 1e-350 of its mass beyond
 
-class QuantisationNoise(nn.Module):
-    """The index 0 .. levels - 1 of the bin that A(x) + std n falls into.
+
+def log_interval(a: Tensor, b: Tensor) -> Tensor:
+    """log(Phi(b) - Phi(a)) for a < b, one of them finite, accurate in both tails."""
+    mirrored = a + b > 0  # Phi(b) - Phi(a) = Phi(-a) - Phi(-b), without 1 - 1
+    a, b = torch.where(mirrored, -b, a), torch.where(mirrored, -a, b)
+    a = a.maximum(b - FAR)  # beyond, its share is 0 and its derivatives overflow
+    log_b = torch.special.log_ndtr(b)
+    ratio = (torch.special.log_ndtr(a) - log_b).clamp_max(-torch.finfo(a.dtype).tiny)  # of the two, for an interval too narrow to tell
+    return log_b + (-torch.expm1(ratio)).log()
+
+
+class QuantisedNoise(nn.Module):
+    """y = the number of edges below A(x) + std n.
 
     Args:
         std: of the noise before the quantiser, > 0.
-        levels: L, at least 2. low, high: where the bins of equal width begin and end.
+        edges: (L - 1,), increasing.
     """
 
-    def __init__(self, std: float, levels: int, low: float = -1.0, high: float = 1.0):
+    std: Tensor
+    edges: Tensor
+
+    def __init__(self, std: float, edges: Tensor):
         super().__init__()
-        self.std, self.levels, self.low = check_positive("noise_std", std), check_count("levels", levels, 2), low
-        self.width = (high - low) / levels
+        self.register_buffer("std", torch.tensor(check_positive("noise_std", std), dtype=torch.float64))
+        self.register_buffer("edges", edges)
 
     def sample(self, clean: Tensor, generator: Generator | None = None) -> Tensor:
         """y given A(x)."""
         noise = torch.randn(clean.shape, generator=generator, device=clean.device, dtype=clean.dtype)
-        return ((clean + self.std * noise - self.low) / self.width).floor().clamp(0, self.levels - 1)
+        return torch.bucketize(clean + self.std.to(clean.dtype) * noise, self.edges.to(clean.dtype)).to(clean.dtype)
 
     def log_prob(self, clean: Tensor, y: Tensor, event_dim: int) -> Tensor:
         """log p(y | A(x)), summed over the last `event_dim` axes; clean and y broadcast."""
-        lower = (self.low + self.width * y - clean) / self.std
-        upper = lower + self.width / self.std
-        # Phi(b) - Phi(a) = Phi(-a) - Phi(-b): looked at from the side where neither is close to 1
-        outermost = (y == 0) | (y == self.levels - 1)
-        flip = torch.where(outermost, y > 0, lower + upper > 0)
-        a, b = torch.where(flip, -upper, lower), torch.where(flip, -lower, upper)
-        log_upper = torch.special.log_ndtr(b)
-        gap = torch.where(outermost, -1.0, torch.special.log_ndtr(a) - log_upper)
-        log_p = log_upper + torch.where(outermost, 0.0, (-torch.expm1(gap)).log())
-        return log_p.flatten(log_p.ndim - event_dim).sum(-1) if event_dim else log_p
+        log_p = self.smoothed(clean, y, torch.zeros_like(clean))
+        return log_p.reshape(*log_p.shape[: log_p.ndim - event_dim], -1).sum(-1)
+
+    def smoothed(self, mean: Tensor, y: Tensor, variance: Tensor) -> Tensor:
+        """log p(y | N(mean, variance)), element by element: that of the bin under a wider Gaussian."""
+        ends, bin = nn.functional.pad(self.edges, (1, 1)).to(mean.dtype), y.long()
+        ends[0], ends[-1] = -torch.inf, torch.inf
+        std = (self.std.to(mean.dtype) ** 2 + variance).sqrt()
+        return log_interval((ends[bin] - mean) / std, (ends[bin + 1] - mean) / std)
+
+
+def check_limits(limits) -> tuple[float, float]:
+    """(low, high) as floats, if low < high are finite; raise ValueError otherwise."""
+    if len(limits) != 2 or not -math.inf < limits[0] < limits[1] < math.inf:
+        raise ValueError(f"limits must be two finite numbers low < high, got {limits!r}")
+    return float(limits[0]), float(limits[1])
 
 
 class Quantisation(InverseProblem):
@@ -62,22 +85,24 @@ class Quantisation(InverseProblem):
     def __init__(self, shape, bits: int = 2, noise_std: float = 0.1, limits: tuple[float, float] = (-1.0, 1.0)):
         if check_count("bits", bits) > 16:
             raise ValueError(f"bits must be at most 16, got {bits}")
-        if len(limits) != 2 or not -math.inf < limits[0] < limits[1] < math.inf:
-            raise ValueError(f"limits must be two numbers low < high, got {limits!r}")
-        super().__init__(nn.Identity(), QuantisationNoise(noise_std, 2**bits, *limits), linear=True)
-        self.config = {"shape": list(shape), "bits": bits, "noise_std": float(noise_std), "limits": [float(c) for c in limits]}
-        self.pointwise = True
+        low, high = check_limits(limits)
+        edges = torch.linspace(low, high, 2**bits + 1, dtype=torch.float64)[1:-1]
+        super().__init__(nn.Identity(), QuantisedNoise(noise_std, edges), linear=True)
+        self.low, self.width, self.levels = low, (high - low) / 2**bits, 2**bits
+        self.config = {"shape": list(shape), "bits": bits, "noise_std": float(noise_std), "limits": [low, high]}
+        self.smoothed = self.noise.smoothed
         self.bind(shape)
 
     def condition(self, y):
-        """The centres of the bins, in the units of x."""
-        return self.noise.low + self.noise.width * (y + 0.5)
+        """The centres of the bins, in the units of x, (B, *shape)."""
+        return self.low + self.width * (y + 0.5)
 
     def check_y(self, y):
-        y = check_tensor("y", y.float() if isinstance(y, Tensor) and not y.is_complex() else y, self.y_shape)
-        wrong = (y != y.round()) | (y < 0) | (y >= self.noise.levels)
+        """y if it is a batch (B, *shape) of bins 0, 1, ..., 2^bits - 1, as integers or floats: as floats."""
+        y = check_tensor("y", y.float() if isinstance(y, Tensor) and y.dtype in INTEGERS else y, self.y_shape)
+        wrong = (y != y.round()) | (y < 0) | (y >= self.levels)
         if wrong.any():
-            raise ValueError(f"y must hold bins 0, 1, ..., {self.noise.levels - 1}, got {float(y[wrong][0]):g}")
+            raise ValueError(f"y must hold bins 0, 1, ..., {self.levels - 1}, got {float(y[wrong][0]):g}")
         return y
 
     @classmethod
