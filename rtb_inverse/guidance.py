@@ -375,10 +375,10 @@ def guidance(problem: InverseProblem, decode: Callable[[Tensor], Tensor] | None 
     if problem.mask is not None:
         return MaskGuidance(problem)
     if not problem.linear:
-        return GradientGuidance(problem, problem, iterations=5, rounds=2)
+        return GradientGuidance(problem, problem.forward, iterations=5, rounds=2)  # no submodule: the posterior saves its problem once
     if problem.shape.numel() * problem.y_shape.numel() <= DENSE_LIMIT:
         return DenseGuidance(problem)
-    return GradientGuidance(problem, problem, iterations=5, clip=None)
+    return GradientGuidance(problem, problem.forward, iterations=5, clip=None)
 
 
 def covariance_guidance(problem: InverseProblem, prior: Prior, beta: float) -> Guide | None:

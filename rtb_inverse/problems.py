@@ -173,8 +173,8 @@ class InverseProblem(nn.Module):
     def condition(self, y: Tensor) -> Tensor:
         """What the posterior network sees of y, (B, *y_shape) to (B, C, *spatial) for x of shape (c, *spatial), (B, m) for x of shape (d,).
 
-        By default y itself where it lies on x's grid, else its back-projection J^T y, with J the operator's Jacobian: where A is not affine,
-        J is that at a fixed x ~ N(0, I) (at 0, that of an even A, such as |F x|, is 0), and J^T A(x) there is scaled to a mean square of 1.
+        By default y itself where it lies on x's grid, else its back-projection J^T y, J the operator's Jacobian. Where A is not affine, it
+        is taken at a fixed x ~ N(0, I) (at 0 that of an even A, such as |F x|, is 0), and J^T A(x) there is scaled to a mean square of 1.
         """
         if self.shape is None:
             raise ValueError("shape of x is not known yet; give InverseProblem(..., shape=...) or pass the problem to Posterior first")

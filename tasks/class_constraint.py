@@ -42,11 +42,11 @@ def check_logits(logits: Tensor) -> Tensor:
 
 
 def describe(classifier) -> dict | None:
-    """What `rebuild` needs beside the weights: for a module of this project whose `config` holds its constructor's arguments (JSON)."""
-    config = getattr(classifier, "config", None)
-    if not isinstance(classifier, nn.Module) or config is None or type(classifier).__module__.split(".")[0] not in ("priors", "tasks"):
+    """What `rebuild` needs beside the weights, for a module of this project: its constructor's arguments, JSON, are its `config`, if it has
+    any. None for other classifiers."""
+    if not isinstance(classifier, nn.Module) or type(classifier).__module__.split(".")[0] not in ("rtb_inverse", "priors", "tasks"):
         return None
-    return {"class_path": class_path(classifier), "config": dict(config)}
+    return {"class_path": class_path(classifier), "config": dict(getattr(classifier, "config", {}))}
 
 
 def rebuild(described: dict, weights: dict[str, Tensor]) -> nn.Module:

@@ -22,7 +22,7 @@ def log_interval(a: Tensor, b: Tensor) -> Tensor:
     """log(Phi(b) - Phi(a)) for a < b, one of them finite, accurate in both tails."""
     mirrored = a + b > 0  # Phi(b) - Phi(a) = Phi(-a) - Phi(-b), without 1 - 1
     a, b = torch.where(mirrored, -b, a), torch.where(mirrored, -a, b)
-    a = a.maximum(b - FAR)  # beyond, its share is 0 and its derivatives overflow
+    a = a.maximum(-b.abs() - FAR)  # beyond, its share is 0 and its derivatives overflow
     log_b = torch.special.log_ndtr(b)
     ratio = (torch.special.log_ndtr(a) - log_b).clamp_max(-torch.finfo(a.dtype).tiny)  # of the two, for an interval too narrow to tell
     return log_b + (-torch.expm1(ratio)).log()

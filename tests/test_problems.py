@@ -318,6 +318,21 @@ def test_gradient_guidance_is_the_textbook_of_the_linearised_problem(name, gener
             torch.testing.assert_close(update.delta[i, j], delta, atol=1e-8, rtol=1e-6)
 
 
+@pytest.mark.parametrize("rounds", [2, 3])
+def test_rounds_are_gauss_newton(rounds, generator):
+    problem = InverseProblem(lambda x: torch.sin(x @ MATRIX.to(x.dtype).T), GaussianNoise(0.3), (4,))
+    guide = GradientGuidance(problem, problem, iterations=60, clip=None, rounds=rounds)
+    x_0, y, error = randn(generator, 3, 4), randn(generator, 3, 3), 0.2 + torch.rand(4, generator=generator, dtype=D)
+    update = guide(x_0, y, error)
+    for j in range(3):
+        delta = torch.zeros(4, dtype=D)
+        for _ in range(rounds):
+            at = x_0[j] + delta
+            J = jacobian(problem, at)
+            delta, _ = textbook(x_0[j], error, J, torch.tensor(0.3, dtype=D), y[j] - problem(at) + J @ delta)
+        torch.testing.assert_close(update.delta[j], delta, atol=1e-8, rtol=1e-6)
+
+
 def test_one_iteration_is_the_gradient_with_the_best_step(generator):
     problem = InverseProblem(MATRIX, GaussianNoise(0.7), (4,))
     x_0, y = randn(generator, 1, 4), randn(generator, 1, 3)
