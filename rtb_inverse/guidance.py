@@ -360,7 +360,7 @@ def conjugate_gradients(matrix: Callable[[Tensor], Tensor], b: Tensor, iteration
 
 def guidance(problem: InverseProblem, decode: Callable[[Tensor], Tensor] | None = None, event_dim: int | None = None) -> Guide | None:
     """The best Gaussian update that the problem allows; None for a reward, another noise than Gaussian, or an operator without gradients,
-    but for problems that know what of theirs is `smoothed`.
+    where the problem has no `smoothed` likelihood.
 
     Args:
         problem: bound to its shape.

@@ -49,6 +49,7 @@ class HDR(InverseProblem):
         return (self.scale * x).clamp(*self.limits)
 
     def smoothed(self, mean, y, variance):
+        """log int N(x; mean, variance) p(y | x) dx, element by element, by the three cases above."""
         (low, high), scale, std = self.limits, self.scale, self.noise.std.to(mean.dtype)
         spread = variance.sqrt()
         total = std**2 + scale**2 * variance

@@ -51,15 +51,15 @@ class QuantisedNoise(nn.Module):
 
     def log_prob(self, clean: Tensor, y: Tensor, event_dim: int) -> Tensor:
         """log p(y | A(x)), summed over the last `event_dim` axes; clean and y broadcast."""
-        log_p = self.smoothed(clean, y, torch.zeros_like(clean))
+        log_p = log_bin(clean, self.std.to(clean.dtype), self.edges, y)
         return log_p.reshape(*log_p.shape[: log_p.ndim - event_dim], -1).sum(-1)
 
-    def smoothed(self, mean: Tensor, y: Tensor, variance: Tensor) -> Tensor:
-        """log p(y | N(mean, variance)), element by element: that of the bin under a wider Gaussian."""
-        ends, bin = nn.functional.pad(self.edges, (1, 1)).to(mean.dtype), y.long()
-        ends[0], ends[-1] = -torch.inf, torch.inf
-        std = (self.std.to(mean.dtype) ** 2 + variance).sqrt()
-        return log_interval((ends[bin] - mean) / std, (ends[bin + 1] - mean) / std)
+
+def log_bin(mean: Tensor, std: Tensor, edges: Tensor, y: Tensor) -> Tensor:
+    """log p(mean + std n is above y of the edges), element by element."""
+    ends, bin = nn.functional.pad(edges, (1, 1)).to(mean.dtype), y.long()
+    ends[0], ends[-1] = -torch.inf, torch.inf
+    return log_interval((ends[bin] - mean) / std, (ends[bin + 1] - mean) / std)
 
 
 def check_limits(limits) -> tuple[float, float]:
@@ -90,8 +90,11 @@ class Quantisation(InverseProblem):
         super().__init__(nn.Identity(), QuantisedNoise(noise_std, edges), linear=True)
         self.low, self.width, self.levels = low, (high - low) / 2**bits, 2**bits
         self.config = {"shape": list(shape), "bits": bits, "noise_std": float(noise_std), "limits": [low, high]}
-        self.smoothed = self.noise.smoothed
         self.bind(shape)
+
+    def smoothed(self, mean, y, variance):
+        """log int N(x; mean, variance) p(y | x) dx, element by element: that of the bin under a wider Gaussian."""
+        return log_bin(mean, (self.noise.std.to(mean.dtype) ** 2 + variance).sqrt(), self.noise.edges, y)
 
     def condition(self, y):
         """The centres of the bins, in the units of x, (B, *shape)."""
