@@ -1,4 +1,4 @@
-r"""Class constraints by a classifier p(c | x) = softmax(logits(x))_c: the first experiment of RTB (arXiv 2405.20971, section 3.2).
+r"""Class constraints by a classifier p(c | x) = softmax(logits(x))_c: the first experiment of RTB (arXiv 2405.20971).
 
 One class is a reward, p(x) p(c | x)^beta / Z (`ClassReward`); or the class is the observation and one posterior serves them all
 (`ClassConstraint`). beta is that of `Posterior(beta=...)`.
