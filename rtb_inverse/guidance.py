@@ -82,6 +82,28 @@ class MaskGuidance(Guide):
         return Update(gain.to(x_0.dtype) * (image - x_0), 1 - gain)
 
 
+class ElementGuidance(Guide):
+    """Each element is seen by itself, in whatever way: with the likelihood smoothed by the denoiser's error (`problem.smoothed`),
+
+        log Z(x0hat) = log int N(x; x0hat, r^2) p(y | x) dx,
+
+    the update is exact, by Tweedie's formulas: delta = r^2 d log Z / d x0hat, and the variance r^2 + r^4 d^2 log Z / d x0hat^2 is left.
+    It follows y also where the likelihood's own gradient is 0 (HDR).
+    """
+
+    def __init__(self, problem: InverseProblem):
+        super().__init__()
+        self.smoothed = problem.smoothed
+
+    def forward(self, x_0, y, error, at=None):
+        def slope(mean):
+            return torch.func.grad(lambda m: self.smoothed(m, y.double(), error).sum())(mean)
+
+        first, pull = torch.func.vjp(slope, x_0.double())  # type: ignore[misc]  # three only with has_aux
+        (second,) = pull(torch.ones_like(first))  # the elements do not see each other
+        return Update((error * first).to(x_0.dtype), (1 + error * second).clamp_min(1e-6))
+
+
 def affine(problem: InverseProblem) -> tuple[Tensor, Tensor]:
     """The matrix (m, d) and the offset (m,) of an affine operator."""
     operator = problem.operator if isinstance(problem.operator, nn.Module) else nn.Identity()
@@ -275,7 +297,8 @@ class GradientGuidance(Guide):
     (r^-2 + J^T J / sigma^2) delta = J^T (y - A) / sigma^2, with products by J and J^T only. One step is the likelihood's gradient with
     the best step size of the linearised problem.
 
-    Where A is not affine, delta is clipped softly to a root mean square of `clip` times the denoiser's error.
+    Where A is not affine, delta is clipped softly to a root mean square of `clip` times the denoiser's error, and A is linearised
+    `rounds` times, each time where the last delta led (Gauss-Newton: J and A at x0hat + delta, and J delta added to y - A).
     """
 
     operator: Callable[[Tensor], Tensor]
@@ -283,10 +306,10 @@ class GradientGuidance(Guide):
 
     def __init__(
         self, problem: InverseProblem, operator: Callable[[Tensor], Tensor], iterations: int, clip: float | None = 3.0,
-        event_dim: int | None = None,
+        event_dim: int | None = None, rounds: int = 1,
     ):  # fmt: skip
         super().__init__()
-        self.operator, self.iterations, self.clip = operator, iterations, clip
+        self.operator, self.iterations, self.clip, self.rounds = operator, iterations, clip, rounds
         self.event_dim = len(problem.shape) if event_dim is None else event_dim
         self.register_buffer("noise_std", problem.noise.std, persistent=False)
 
@@ -300,15 +323,21 @@ class GradientGuidance(Guide):
         def whitened(x):
             return self.operator(x) / std
 
-        clean, pull = torch.func.vjp(whitened, x_0.reshape(-1, *event))  # type: ignore[misc]  # three only with has_aux
+        x, delta = x_0.reshape(-1, *event), None
+        for _ in range(self.rounds):
+            clean, pull = torch.func.vjp(whitened, x if delta is None else x + delta)  # type: ignore[misc]  # three only with has_aux
 
-        def push(v):  # J v, as the derivative of the linear u -> J^T u: every operator with a second derivative has it
-            return torch.func.vjp(lambda u: pull(u)[0], torch.zeros_like(clean))[1](v)[0]  # type: ignore[misc]
+            def push(v, clean=clean, pull=pull):  # J v, as the derivative of u -> J^T u: every operator with a second derivative has it
+                return torch.func.vjp(lambda u: pull(u)[0], torch.zeros_like(clean))[1](v)[0]  # type: ignore[misc]
 
-        delta = r * conjugate_gradients(lambda v: v + r * pull(push(r * v))[0], r * pull(target - clean)[0], self.iterations)
-        if self.clip is not None:
-            size = (delta**2).flatten(1).mean(1) / (self.clip**2 * (r**2).flatten(1).mean(1))
-            delta = delta * (1 + size).rsqrt().reshape(-1, *(1,) * self.event_dim)
+            def matrix(v, push=push, pull=pull):
+                return v + r * pull(push(r * v))[0]
+
+            residual = target - clean if delta is None else target - clean + push(delta)
+            delta = r * conjugate_gradients(matrix, r * pull(residual)[0], self.iterations)
+            if self.clip is not None:
+                size = (delta**2).flatten(1).mean(1) / (self.clip**2 * (r**2).flatten(1).mean(1))
+                delta = delta * (1 + size).rsqrt().reshape(-1, *(1,) * self.event_dim)
         return Update(delta.reshape(shape))
 
 
@@ -330,12 +359,15 @@ def conjugate_gradients(matrix: Callable[[Tensor], Tensor], b: Tensor, iteration
 
 
 def guidance(problem: InverseProblem, decode: Callable[[Tensor], Tensor] | None = None, event_dim: int | None = None) -> Guide | None:
-    """The best Gaussian update that the problem allows; None for a reward, another noise than Gaussian, or an operator without gradients.
+    """The best Gaussian update that the problem allows; None for a reward, another noise than Gaussian, or an operator without gradients,
+    where the problem has no `smoothed` likelihood.
 
     Args:
         problem: bound to its shape.
         decode: from chain space to data space, where that is not the identity; `event_dim` is then the number of axes of one x there.
     """
+    if problem.smoothed is not None and decode is None:
+        return ElementGuidance(problem)
     if not isinstance(problem.noise, GaussianNoise) or not problem.differentiable:
         return None
     if decode is not None:
@@ -343,10 +375,10 @@ def guidance(problem: InverseProblem, decode: Callable[[Tensor], Tensor] | None 
     if problem.mask is not None:
         return MaskGuidance(problem)
     if not problem.linear:
-        return GradientGuidance(problem, problem, iterations=1)
+        return GradientGuidance(problem, problem.forward, iterations=5, rounds=2)  # no submodule: the posterior saves its problem once
     if problem.shape.numel() * problem.y_shape.numel() <= DENSE_LIMIT:
         return DenseGuidance(problem)
-    return GradientGuidance(problem, problem, iterations=5, clip=None)
+    return GradientGuidance(problem, problem.forward, iterations=5, clip=None)
 
 
 def covariance_guidance(problem: InverseProblem, prior: Prior, beta: float) -> Guide | None:

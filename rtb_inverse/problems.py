@@ -67,12 +67,15 @@ class InverseProblem(nn.Module):
         shape, y_shape: shapes of one x and one y; known once `shape` is.
         config: what `from_config` needs, beside the buffers, to rebuild the problem (JSON); None where only code can.
         mask: for operators that pick elements of x, the boolean mask of `shape` they pick; else None.
+        smoothed: for problems that see each element of x by itself, the logarithm of int N(x; mean, variance) p(y | x) dx, element by
+            element: a function of mean, y (B, *shape) and variance, which broadcast to (*batch, *shape); else None.
     """
 
     operator: Callable[[Tensor], Tensor]
     noise: Any  # a module with sample(clean, generator) and log_prob(clean, y, event_dim)
     mask: Tensor | None
     config: dict | None = None
+    smoothed: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
     _check_clean = staticmethod(check_finite)
 
     def __init__(self, operator: Callable[[Tensor], Tensor] | Tensor, noise: nn.Module, shape=None, linear: bool | None = None):
@@ -88,6 +91,7 @@ class InverseProblem(nn.Module):
         self.differentiable = True
         self.shape: torch.Size | None = None
         self.y_shape: torch.Size | None = None
+        self._unit: float | None = None  # scale of the back-projection of a nonlinear operator, once known
         if isinstance(operator, Tensor) and isinstance(noise, GaussianNoise):
             self.config = {"noise_shape": list(noise.std.shape)}
         if shape is not None:
@@ -169,7 +173,8 @@ class InverseProblem(nn.Module):
     def condition(self, y: Tensor) -> Tensor:
         """What the posterior network sees of y, (B, *y_shape) to (B, C, *spatial) for x of shape (c, *spatial), (B, m) for x of shape (d,).
 
-        By default y itself where it lies on x's grid, else its back-projection J^T y (J the operator's Jacobian at 0).
+        By default y itself where it lies on x's grid, else its back-projection J^T y, J the operator's Jacobian. Where A is not affine, it
+        is taken at a fixed x ~ N(0, I) (at 0 that of an even A, such as |F x|, is 0), and J^T A(x) there is scaled to a mean square of 1.
         """
         if self.shape is None:
             raise ValueError("shape of x is not known yet; give InverseProblem(..., shape=...) or pass the problem to Posterior first")
@@ -181,8 +186,17 @@ class InverseProblem(nn.Module):
             raise ValueError(
                 "operator is not differentiable and y is not on x's grid: override `condition` to say what the network sees of y"
             )
+        if self.linear:
+            return self._back_projection(y, torch.zeros(self.shape))
+        point = torch.randn(self.shape, generator=torch.Generator().manual_seed(0))
+        if self._unit is None:
+            own = self._back_projection(self(point.to(y)[None]).detach(), point)
+            self._unit = float(own.square().mean().sqrt()) or 1.0
+        return self._back_projection(y, point) / self._unit
+
+    def _back_projection(self, y: Tensor, point: Tensor) -> Tensor:
         with torch.enable_grad():
-            x = torch.zeros((len(y), *self.shape), device=y.device, dtype=y.dtype, requires_grad=True)
+            x = point.to(y).expand(len(y), *point.shape).clone().requires_grad_()
             return torch.autograd.grad(self.operator(x), x, y)[0].detach()
 
 

@@ -1,16 +1,21 @@
 """Inverse problems, one file each."""
 
+from tasks.class_constraint import ClassConstraint, ClassReward
 from tasks.colourisation import Colourisation
 from tasks.compressed_sensing import CompressedSensing
 from tasks.deblurring import Deblurring
 from tasks.denoising import Denoising
 from tasks.exact import ExactProblem, exact_problem
+from tasks.hdr import HDR
 from tasks.inpainting import Inpainting
 from tasks.mri import MRI
+from tasks.phase_retrieval import PhaseRetrieval
+from tasks.quantisation import Quantisation
+from tasks.saturating_deblurring import SaturatingDeblurring
 from tasks.super_resolution import SuperResolution
 from tasks.tomography import Tomography
 
 __all__ = [
-    "MRI", "Colourisation", "CompressedSensing", "Deblurring", "Denoising", "ExactProblem", "Inpainting", "SuperResolution", "Tomography",
-    "exact_problem",
+    "HDR", "MRI", "ClassConstraint", "ClassReward", "Colourisation", "CompressedSensing", "Deblurring", "Denoising", "ExactProblem",
+    "Inpainting", "PhaseRetrieval", "Quantisation", "SaturatingDeblurring", "SuperResolution", "Tomography", "exact_problem",
 ]  # fmt: skip

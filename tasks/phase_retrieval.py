@@ -1,0 +1,64 @@
+r"""Phase retrieval: a detector in the far field sees how much light there is, not its phase,
+
+    y = |F u|^2 + noise   ("intensity")      or      y = sqrt(|F u|^2 + eps^2) + noise   ("amplitude"),
+
+F the unitary Fourier transform of the image u = (x + 1) / 2, in [0, 1], padded with zeros. The padding makes |F u|^2 the transform of
+the whole autocorrelation of u; what remains unknown, if little else, is where in the frame u lies and whether it is turned by 180 degrees.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from rtb_inverse.checks import check_choice
+from rtb_inverse.problems import GaussianNoise, InverseProblem
+
+EPS = 1e-3  # of the amplitude, whose slope would jump at 0
+
+
+class PhaseRetrieval(InverseProblem):
+    """y = |F u|^2 or sqrt(|F u|^2 + eps^2), + noise_std n, on half of the frequencies (those of `torch.fft.rfft2`; u is real, and the
+    others repeat them): (B, C, P, Q // 2 + 1) with P x Q the padded size. Without noise y >= 0.
+
+    Args:
+        shape: of x, (C, H, W), in [-1, 1].
+        kind: "amplitude" or "intensity".
+        oversampling: P / H and Q / W, at least 1, rounded up to whole pixels; from 2 on y determines the whole autocorrelation.
+        noise_std: standard deviation of the noise, > 0, in the units of y: the mean of |F u|^2 is that of u^2 / oversampling^2.
+
+    Raises:
+        ValueError: a shape that is no image's, another kind, an oversampling below 1, noise_std <= 0.
+    """
+
+    def __init__(self, shape, kind: str = "amplitude", oversampling: float = 2.0, noise_std: float = 0.02):
+        if len(shape) != 3:
+            raise ValueError(f"shape must be that of an image, (C, H, W), got {tuple(shape)}")
+        if not 1 <= oversampling < math.inf:
+            raise ValueError(f"oversampling must be finite and at least 1, got {oversampling!r}")
+        self.kind = check_choice("kind", kind, ("amplitude", "intensity"))
+        self.padded = tuple(math.ceil(oversampling * n) for n in shape[1:])
+        super().__init__(self.observed, GaussianNoise(noise_std), linear=False)
+        self.config = {"shape": list(shape), "kind": kind, "oversampling": float(oversampling), "noise_std": float(noise_std)}
+        self.bind(shape)
+
+    def observed(self, x: Tensor) -> Tensor:
+        """The amplitude or intensity of images (M, C, H, W): (M, C, P, Q // 2 + 1)."""
+        P, Q = self.padded
+        u = nn.functional.pad((x + 1) / 2, (0, Q - x.shape[-1], 0, P - x.shape[-2]))
+        field = torch.fft.rfft2(u, norm="ortho")
+        intensity = field.real**2 + field.imag**2
+        return intensity if self.kind == "intensity" else (intensity + EPS**2).sqrt()
+
+    def condition(self, y):
+        """The autocorrelation of u per pixel, from [0, 1] to [-1, 1] as u is to x: at pixel (i, j) that of lag (i, j), and as further
+        channels that of lag (i, -j). (B, 2 C, H, W); the other lags repeat them."""
+        (H, W), (P, Q) = self.shape[1:], self.padded
+        intensity = y if self.kind == "intensity" else y**2
+        lags = 2 * torch.fft.irfft2(intensity, s=(P, Q), norm="ortho") * math.sqrt(P * Q) / (H * W) - 1
+        return torch.cat([lags, lags.flip(-1).roll(1, -1)], 1)[..., :H, :W]
+
+    @classmethod
+    def from_config(cls, config: dict, weights: dict[str, Tensor]) -> "PhaseRetrieval":
+        """Rebuild from `config`."""
+        return cls(**config)

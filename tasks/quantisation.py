@@ -1,0 +1,114 @@
+r"""Quantisation to a few bits: y is the bin that x + std n falls into.
+
+    p(y = k | x) = Phi((e_{k+1} - x) / std) - Phi((e_k - x) / std),   e_0 = -inf < e_1 < ... < e_{L-1} < e_L = inf,
+
+Phi the normal distribution function: L = 2^bits bins, of equal width on the range [low, high], the outer two open. If x is Gaussian
+itself, its variance adds to std^2.
+"""
+
+import math
+
+import torch
+from torch import Generator, Tensor, nn
+
+from rtb_inverse.checks import check_count, check_positive, check_tensor
+from rtb_inverse.problems import InverseProblem
+
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+FAR = 40.0  # standard deviations: a Gaussian has 1e-350 of its mass beyond
+
+
+def log_interval(a: Tensor, b: Tensor) -> Tensor:
+    """log(Phi(b) - Phi(a)) for a < b, one of them finite, accurate in both tails."""
+    mirrored = a + b > 0  # Phi(b) - Phi(a) = Phi(-a) - Phi(-b), without 1 - 1
+    a, b = torch.where(mirrored, -b, a), torch.where(mirrored, -a, b)
+    a = a.maximum(-b.abs() - FAR)  # beyond, its share is 0 and its derivatives overflow
+    log_b = torch.special.log_ndtr(b)
+    ratio = (torch.special.log_ndtr(a) - log_b).clamp_max(-torch.finfo(a.dtype).tiny)  # of the two, for an interval too narrow to tell
+    return log_b + (-torch.expm1(ratio)).log()
+
+
+class QuantisedNoise(nn.Module):
+    """y = the number of edges below A(x) + std n.
+
+    Args:
+        std: of the noise before the quantiser, > 0.
+        edges: (L - 1,), increasing.
+    """
+
+    std: Tensor
+    edges: Tensor
+
+    def __init__(self, std: float, edges: Tensor):
+        super().__init__()
+        self.register_buffer("std", torch.tensor(check_positive("noise_std", std), dtype=torch.float64))
+        self.register_buffer("edges", edges)
+
+    def sample(self, clean: Tensor, generator: Generator | None = None) -> Tensor:
+        """y given A(x)."""
+        noise = torch.randn(clean.shape, generator=generator, device=clean.device, dtype=clean.dtype)
+        return torch.bucketize(clean + self.std.to(clean.dtype) * noise, self.edges.to(clean.dtype)).to(clean.dtype)
+
+    def log_prob(self, clean: Tensor, y: Tensor, event_dim: int) -> Tensor:
+        """log p(y | A(x)), summed over the last `event_dim` axes; clean and y broadcast."""
+        log_p = log_bin(clean, self.std.to(clean.dtype), self.edges, y)
+        return log_p.reshape(*log_p.shape[: log_p.ndim - event_dim], -1).sum(-1)
+
+
+def log_bin(mean: Tensor, std: Tensor, edges: Tensor, y: Tensor) -> Tensor:
+    """log p(mean + std n is above y of the edges), element by element."""
+    ends, bin = nn.functional.pad(edges, (1, 1)).to(mean.dtype), y.long()
+    ends[0], ends[-1] = -torch.inf, torch.inf
+    return log_interval((ends[bin] - mean) / std, (ends[bin + 1] - mean) / std)
+
+
+def check_limits(limits) -> tuple[float, float]:
+    """(low, high) as floats, if low < high are finite; raise ValueError otherwise."""
+    if len(limits) != 2 or not -math.inf < limits[0] < limits[1] < math.inf:
+        raise ValueError(f"limits must be two finite numbers low < high, got {limits!r}")
+    return float(limits[0]), float(limits[1])
+
+
+class Quantisation(InverseProblem):
+    """y = the index, 0 .. 2^bits - 1, of the bin that x + noise_std n falls into, element by element; float, of x's shape.
+
+    Args:
+        shape: of x.
+        bits: 1 to 16.
+        noise_std: standard deviation of the noise before the quantiser, > 0, in the units of x.
+        limits: low < high, where the bins of equal width begin and end; what lies beyond falls into the outer ones.
+
+    Raises:
+        ValueError: bits that are no integer in 1 .. 16, noise_std <= 0, limits that are not in order.
+    """
+
+    def __init__(self, shape, bits: int = 2, noise_std: float = 0.1, limits: tuple[float, float] = (-1.0, 1.0)):
+        if check_count("bits", bits) > 16:
+            raise ValueError(f"bits must be at most 16, got {bits}")
+        low, high = check_limits(limits)
+        edges = torch.linspace(low, high, 2**bits + 1, dtype=torch.float64)[1:-1]
+        super().__init__(nn.Identity(), QuantisedNoise(noise_std, edges), linear=True)
+        self.low, self.width, self.levels = low, (high - low) / 2**bits, 2**bits
+        self.config = {"shape": list(shape), "bits": bits, "noise_std": float(noise_std), "limits": [low, high]}
+        self.bind(shape)
+
+    def smoothed(self, mean, y, variance):
+        """log int N(x; mean, variance) p(y | x) dx, element by element: that of the bin under a wider Gaussian."""
+        return log_bin(mean, (self.noise.std.to(mean.dtype) ** 2 + variance).sqrt(), self.noise.edges, y)
+
+    def condition(self, y):
+        """The centres of the bins, in the units of x, (B, *shape)."""
+        return self.low + self.width * (y + 0.5)
+
+    def check_y(self, y):
+        """y if it is a batch (B, *shape) of bins 0, 1, ..., 2^bits - 1, as integers or floats: as floats."""
+        y = check_tensor("y", y.float() if isinstance(y, Tensor) and y.dtype in INTEGERS else y, self.y_shape)
+        wrong = (y != y.round()) | (y < 0) | (y >= self.levels)
+        if wrong.any():
+            raise ValueError(f"y must hold bins 0, 1, ..., {self.levels - 1}, got {float(y[wrong][0]):g}")
+        return y
+
+    @classmethod
+    def from_config(cls, config: dict, weights: dict[str, Tensor]) -> "Quantisation":
+        """Rebuild from `config`."""
+        return cls(**config)
