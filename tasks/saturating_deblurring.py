@@ -21,12 +21,13 @@ class SaturatingDeblurring(InverseProblem):
 
     Args:
         shape: of x, (C, H, W).
-        blur_std: standard deviation of the kernel, > 0, in pixels; cut at three of them. At the borders the image is continued by its last pixels.
+        blur_std: standard deviation of the kernel, > 0, in pixels; it is cut at three of them. At the
+            borders the image is continued by its last pixels.
         gain: > 0; towards 0 the camera is linear, at 2 its slope falls from 2.1 at x = 0 to 0.15 at x = 1 and x = -1.
         noise_std: standard deviation of the noise, > 0, in the units of x.
 
     Raises:
-        ValueError: a shape that is no image's; blur_std, gain or noise_std <= 0.
+        ValueError: a shape that is not (C, H, W); blur_std, gain or noise_std <= 0.
     """
 
     def __init__(self, shape, blur_std: float = 1.0, gain: float = 2.0, noise_std: float = 0.05):

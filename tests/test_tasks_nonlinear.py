@@ -413,7 +413,7 @@ def test_the_yaml_builds_its_problem(file, monkeypatch):
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: SaturatingDeblurring((8,)), ValueError, r"shape must be that of an image, \(C, H, W\), got \(8,\)"),
+        (lambda: SaturatingDeblurring((8,)), ValueError, r"shape must be \(C, H, W\), got \(8,\)"),
         (lambda: SaturatingDeblurring(IMAGE, blur_std=0), ValueError, "blur_std must be a finite number above 0, got 0"),
         (lambda: SaturatingDeblurring(IMAGE, gain=-1), ValueError, "gain must be a finite number above 0, got -1"),
         (lambda: SaturatingDeblurring(IMAGE, noise_std=0.0), ValueError, "noise_std must be finite and above 0, got 0.0"),
