@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from rtb_inverse.chains import Prior
-from rtb_inverse.problems import GaussianNoise, InverseProblem
+from rtb_inverse.noise import GaussianNoise, Noise
+from rtb_inverse.problems import InverseProblem
 
 DENSE_LIMIT = 2**22  # elements of a matrix that is kept
 COVARIANCE_LIMIT = 2**20  # of a gain that is kept for each of the K times
@@ -271,15 +272,18 @@ class GaussianGuidance(AffineGuide):
 
 
 class GradientGuidance(Guide):
-    """Any differentiable operator: the update by a few steps of conjugate gradients on
-    (r^-2 + J^T J / sigma^2) delta = J^T (y - A) / sigma^2, with products by J and J^T only. One step is the likelihood's gradient with
-    the best step size of the linearised problem.
+    """Any differentiable operator, and any noise that knows its mean and its variance: the update by a few steps of conjugate gradients on
 
-    Where A is not affine, delta is clipped softly to a root mean square of `clip` times the denoiser's error.
+        (r^-2 + J^T C^-1 J) delta = J^T C^-1 (y - m),      m = E[y | A(x0hat)],  C = Var[y | A(x0hat)],  J = dm/dx,
+
+    with products by J and J^T only: for Gaussian noise m = A(x0hat) and C = sigma^2, for another one the Gaussian of its mean and its
+    variance at the estimate. One step is the gradient with the best step size of the linearised problem.
+
+    Where m is not affine or C not fixed, delta is clipped softly to a root mean square of `clip` times the denoiser's error.
     """
 
     operator: Callable[[Tensor], Tensor]
-    noise_std: Tensor
+    noise: Noise
 
     def __init__(
         self, problem: InverseProblem, operator: Callable[[Tensor], Tensor], iterations: int, clip: float | None = 3.0,
@@ -288,24 +292,24 @@ class GradientGuidance(Guide):
         super().__init__()
         self.operator, self.iterations, self.clip = operator, iterations, clip
         self.event_dim = len(problem.shape) if event_dim is None else event_dim
-        self.register_buffer("noise_std", problem.noise.std, persistent=False)
+        self.noise = problem.noise
 
     def forward(self, x_0, y, error, at=None):
         shape = x_0.shape
         batch, event = shape[: x_0.ndim - self.event_dim], shape[x_0.ndim - self.event_dim :]
         r = error.sqrt().to(x_0.dtype).expand(shape).reshape(-1, *event)
-        std = self.noise_std.to(x_0.dtype)
-        target = (y / std).expand(*batch, *y.shape[1:]).reshape(-1, *y.shape[1:])
+        y = y.expand(*batch, *y.shape[1:]).reshape(-1, *y.shape[1:])
 
-        def whitened(x):
-            return self.operator(x) / std
+        def misfit(x):
+            clean = self.operator(x)
+            return self.noise.whiten(clean.detach(), self.noise.mean(clean) - y)
 
-        clean, pull = torch.func.vjp(whitened, x_0.reshape(-1, *event))  # type: ignore[misc]  # three only with has_aux
+        value, pull = torch.func.vjp(misfit, x_0.reshape(-1, *event))  # type: ignore[misc]  # three only with has_aux
 
         def push(v):  # J v, as the derivative of the linear u -> J^T u: every operator with a second derivative has it
-            return torch.func.vjp(lambda u: pull(u)[0], torch.zeros_like(clean))[1](v)[0]  # type: ignore[misc]
+            return torch.func.vjp(lambda u: pull(u)[0], torch.zeros_like(value))[1](v)[0]  # type: ignore[misc]
 
-        delta = r * conjugate_gradients(lambda v: v + r * pull(push(r * v))[0], r * pull(target - clean)[0], self.iterations)
+        delta = r * conjugate_gradients(lambda v: v + r * pull(push(r * v))[0], -r * pull(value)[0], self.iterations)
         if self.clip is not None:
             size = (delta**2).flatten(1).mean(1) / (self.clip**2 * (r**2).flatten(1).mean(1))
             delta = delta * (1 + size).rsqrt().reshape(-1, *(1,) * self.event_dim)
@@ -330,23 +334,25 @@ def conjugate_gradients(matrix: Callable[[Tensor], Tensor], b: Tensor, iteration
 
 
 def guidance(problem: InverseProblem, decode: Callable[[Tensor], Tensor] | None = None, event_dim: int | None = None) -> Guide | None:
-    """The best Gaussian update that the problem allows; None for a reward, another noise than Gaussian, or an operator without gradients.
+    """The best Gaussian update that the problem allows; None for a reward, a noise that knows neither mean nor variance, or an operator
+    without gradients.
 
     Args:
         problem: bound to its shape.
         decode: from chain space to data space, where that is not the identity; `event_dim` is then the number of axes of one x there.
     """
-    if not isinstance(problem.noise, GaussianNoise) or not problem.differentiable:
+    if not isinstance(problem.noise, Noise) or not problem.differentiable:
         return None
     if decode is not None:
         return GradientGuidance(problem, lambda z: problem(decode(z)), iterations=1, event_dim=event_dim)
-    if problem.mask is not None:
+    gaussian = isinstance(problem.noise, GaussianNoise)
+    if gaussian and problem.mask is not None:
         return MaskGuidance(problem)
     if not problem.linear:
         return GradientGuidance(problem, problem, iterations=1)
-    if problem.shape.numel() * problem.y_shape.numel() <= DENSE_LIMIT:
+    if gaussian and problem.shape.numel() * problem.y_shape.numel() <= DENSE_LIMIT:
         return DenseGuidance(problem)
-    return GradientGuidance(problem, problem, iterations=5, clip=None)
+    return GradientGuidance(problem, problem, iterations=5, clip=None if gaussian else 3.0)
 
 
 def covariance_guidance(problem: InverseProblem, prior: Prior, beta: float) -> Guide | None:

@@ -34,7 +34,7 @@ class Posterior(Chain):
     Args:
         prior: the frozen prior.
         problem: the measurement model; bound to the prior's shape here. A `Reward` has no y.
-        start: "prior" or "guided"; by default guided wherever the operator allows it (differentiable, Gaussian noise).
+        start: "prior" or "guided"; by default guided wherever the problem allows it (differentiable, a noise model of `noise`).
         beta: inverse temperature of the likelihood, > 0.
         network: in place of the copy: a module with `estimate` and `forward` as in `networks`.
         lora_rank: train low-rank adapters of the copy, not all its weights.
@@ -66,7 +66,7 @@ class Posterior(Chain):
         can_guide = self.guide is not None or references
         self.start = check_choice("start", start or ("guided" if can_guide else "prior"), ("guided", "prior"))
         if self.start == "guided" and not can_guide:
-            needs = "a differentiable operator and Gaussian noise, or a prior of exact draws"
+            needs = "a differentiable operator and a noise model of rtb_inverse.noise, or a prior of exact draws"
             raise ValueError(f"start='guided' needs {needs}; expected start='prior' here")
         self.lora_rank, self.width = lora_rank, width
         options = prior._options()
@@ -214,8 +214,8 @@ class Posterior(Chain):
         return y if y is None else y.to(self.gate.device, self.gate.dtype)
 
     def weights(self) -> dict[str, Tensor]:
-        """State of everything but the prior."""
-        return {name: value for name, value in self.state_dict().items() if not name.startswith("prior.")}
+        """State of everything but the prior, and the guide, which is made of the problem."""
+        return {name: value for name, value in self.state_dict().items() if not name.startswith(("prior.", "guide."))}
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the posterior as a folder: config.json, safetensors, and its prior in prior/ (where that knows how to save itself)."""
