@@ -18,6 +18,7 @@ from rtb_inverse.noise import (
     QuantisedNoise,
     StudentTNoise,
 )
+from rtb_inverse.noise_range import NoiseRange
 from rtb_inverse.particles import Particles
 from rtb_inverse.posterior import Posterior
 from rtb_inverse.prior_training import PriorTraining
@@ -26,8 +27,8 @@ from rtb_inverse.schedules import FlowMatching, Schedule, VarianceExploding, Var
 
 __all__ = [
     "BernoulliNoise", "Chain", "ComplexGaussianNoise", "CorrelatedGaussianNoise", "FlowMatching", "GaussianNoise", "InverseProblem",
-    "LaplaceNoise", "LogNormalNoise", "NegativeBinomialNoise", "ObservationData", "Observations", "Particles", "PoissonGaussianNoise",
-    "PoissonNoise", "Posterior", "PosteriorTraining", "Prior", "PriorTraining", "QuantisedNoise", "Report", "Reward", "Schedule",
-    "StudentTNoise", "Trajectory", "VarianceExploding", "VariancePreserving", "evaluate", "fit", "importance", "observe",
-    "path_log_prob", "refine", "renoise", "renoise_mcmc", "rollout", "schedule_from_config", "simulate_observations", "smc",
+    "LaplaceNoise", "LogNormalNoise", "NegativeBinomialNoise", "NoiseRange", "ObservationData", "Observations", "Particles",
+    "PoissonGaussianNoise", "PoissonNoise", "Posterior", "PosteriorTraining", "Prior", "PriorTraining", "QuantisedNoise", "Report",
+    "Reward", "Schedule", "StudentTNoise", "Trajectory", "VarianceExploding", "VariancePreserving", "evaluate", "fit", "importance",
+    "observe", "path_log_prob", "refine", "renoise", "renoise_mcmc", "rollout", "schedule_from_config", "simulate_observations", "smc",
 ]  # fmt: skip

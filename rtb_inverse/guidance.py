@@ -13,7 +13,7 @@ A guide is called in two parts: `at` says once what is known of a state, and `fo
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from rtb_inverse.chains import Prior
 from rtb_inverse.noise import GaussianNoise, Noise
+from rtb_inverse.noise_range import NoiseRange
 from rtb_inverse.problems import InverseProblem
 
 DENSE_LIMIT = 2**22  # elements of a matrix that is kept
@@ -46,9 +47,10 @@ class Update:
 
 
 class Guide(nn.Module):
-    """Moves an estimate of x_0 by y. `exact`: what is left of the variance is known too, in all directions."""
+    """Moves an estimate of x_0 by y. `exact`: what is left of the variance is known too, in all directions; `per_observation`: it differs
+    from one y to the next."""
 
-    exact = False
+    exact = per_observation = False
 
     def at(self, x_t: Tensor, t: Tensor) -> Any:
         """What `forward` has to know of a state besides the error r_t^2."""
@@ -310,10 +312,39 @@ class GradientGuidance(Guide):
             return torch.func.vjp(lambda u: pull(u)[0], torch.zeros_like(value))[1](v)[0]  # type: ignore[misc]
 
         delta = r * conjugate_gradients(lambda v: v + r * pull(push(r * v))[0], -r * pull(value)[0], self.iterations)
+        return Update(clipped(delta.reshape(shape), error, self.clip, self.event_dim))
+
+
+def clipped(delta: Tensor, error: Tensor, clip: float | None, event_dim: int) -> Tensor:
+    """A move (*batch, *shape), softly kept to a root mean square of `clip` times that of r_t, its direction kept; None: as it is."""
+    if clip is None:
+        return delta
+    square = delta.square().flatten(delta.ndim - event_dim).mean(-1)
+    bound = clip**2 * error.flatten(error.ndim - event_dim).mean(-1).to(delta.dtype)
+    return delta * (1 + square / bound).rsqrt().reshape(*square.shape, *(1,) * event_dim)
+
+
+class LevelGuidance(Guide):
+    """Each observation has its own noise level l, which y carries: noise of variance l^2 sigma^2 under an error r^2 moves the estimate, and
+    shrinks its variance, as sigma^2 under r^2 / l^2 does. So the guide of level 1 serves them all."""
+
+    per_observation = True
+
+    def __init__(self, problem: NoiseRange, guide: Guide, event_dim: int):
+        super().__init__()
+        self.problem, self.guide, self.event_dim = problem, guide, event_dim
+        self.clip = getattr(guide, "clip", None)
         if self.clip is not None:
-            size = (delta**2).flatten(1).mean(1) / (self.clip**2 * (r**2).flatten(1).mean(1))
-            delta = delta * (1 + size).rsqrt().reshape(-1, *(1,) * self.event_dim)
-        return Update(delta.reshape(shape))
+            guide.clip = None  # clipped here, by the error that is
+
+    def at(self, x_t, t):
+        return self.guide.at(x_t, t)
+
+    def forward(self, x_0, y, error, at=None):
+        measurement, log_level = self.problem.split(y)
+        level = log_level.double().exp().reshape(-1, *(1,) * self.event_dim)
+        update = self.guide(x_0, measurement, error / level**2, at)
+        return replace(update, delta=clipped(update.delta, error, self.clip, self.event_dim))
 
 
 def conjugate_gradients(matrix: Callable[[Tensor], Tensor], b: Tensor, iterations: int) -> Tensor:
@@ -341,6 +372,9 @@ def guidance(problem: InverseProblem, decode: Callable[[Tensor], Tensor] | None 
         problem: bound to its shape.
         decode: from chain space to data space, where that is not the identity; `event_dim` is then the number of axes of one x there.
     """
+    if isinstance(problem, NoiseRange):
+        guide = guidance(problem.operator, decode, event_dim)
+        return None if guide is None else LevelGuidance(problem, guide, len(problem.shape) if event_dim is None else event_dim)
     if not isinstance(problem.noise, Noise) or not problem.differentiable:
         return None
     if decode is not None:
