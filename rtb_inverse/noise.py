@@ -451,8 +451,7 @@ class PoissonPlusNormal(SeededDistribution):
         largest, counts = log_summand(centre), 0.0
         for offset in range(-self.reach, self.reach + 1):
             k = centre + offset
-            there = (k >= 0) & ((self.rate > 0) | (k == 0))
-            counts = counts + torch.where(there, (log_summand(k.clamp_min(0)) - largest).exp(), 0.0)
+            counts = counts + torch.where(k >= 0, (log_summand(k.clamp_min(0)) - largest).exp(), 0.0)
         return largest + counts.log()
 
     @torch.no_grad()
@@ -463,7 +462,7 @@ class PoissonPlusNormal(SeededDistribution):
         u = c.clamp_min(1).log()
         for _ in range(10):
             u = u - (u.exp() + self.std**2 * u - c) / (u.exp() + self.std**2)
-        return torch.where(self.rate > 0, (u.exp() - 0.5).round().clamp_min(0), 0.0)
+        return (u.exp() - 0.5).round().clamp_min(0)
 
 
 class BernoulliNoise(Noise):

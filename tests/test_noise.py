@@ -236,6 +236,7 @@ def test_what_cannot_be_seen_has_no_density():
     (PoissonGaussianNoise(0.3), 100.0, 20.0, poisson_gaussian(np.array(20.0), 100.0, 0.3, 1.0, 0.0)),
     (PoissonGaussianNoise(5.0), 100.0, -40.0, poisson_gaussian(np.array(-40.0), 100.0, 5.0, 1.0, 0.0)),
     (PoissonGaussianNoise(5.0), 3.0, 200.0, poisson_gaussian(np.array(200.0), 3.0, 5.0, 1.0, 0.0)),
+    (PoissonGaussianNoise(40.0), 300.0, 300.0, poisson_gaussian(np.array(300.0), 300.0, 40.0, 1.0, 0.0)),
     (PoissonGaussianNoise(2.0), 1e6, 1e6, -0.5 * math.log(2 * math.pi * (1e6 + 4))),
     (BernoulliNoise(), -200.0, 1.0, -200.0),
     (QuantisedNoise(0.1, EDGES), 50.0, 5.0, 0.0),
@@ -244,6 +245,7 @@ def test_what_cannot_be_seen_has_no_density():
     (QuantisedNoise(1.0, EDGES), -30.0, 2.0, stats.norm.logcdf(-30.7)),
     (QuantisedNoise(1.0, EDGES), 30.0, 4.0, stats.norm.logcdf(-27.0)),
     (QuantisedNoise(100.0, EDGES), 0.0, 2.0, math.log(0.3 / 100) + stats.norm.logpdf(0.0085)),
+    (QuantisedNoise(1e4, EDGES), 0.0, 4.0, math.log(0.5 / 1e4) + stats.norm.logpdf(2.75e-4)),
 ])  # fmt: skip
 def test_far_out_densities_are_exact_and_have_gradients(model, a, y, truth, dtype):
     a = torch.tensor([a], dtype=dtype, requires_grad=True)
