@@ -171,7 +171,7 @@ def load_posterior_weights(posterior, weights: dict[str, Tensor], file: Path) ->
     """Fill a posterior, prior apart; names, shapes and the problem must match."""
     check_fit(posterior, weights, file)
     missing, unexpected = posterior.load_state_dict(weights, strict=False)
-    missing = [name for name in missing if not name.startswith("prior.")]
+    missing = [name for name in missing if not name.startswith(("prior.", "guide."))]
     if missing or unexpected:
         raise ValueError(f"{file} does not fit this posterior: missing {missing[:3]}, unexpected {unexpected[:3]}")
 

@@ -32,7 +32,6 @@ from rtb_inverse.diagnostics import (
 )
 from rtb_inverse.particles import Particles
 from rtb_inverse.posterior import Posterior
-from rtb_inverse.problems import GaussianNoise
 
 LEVELS = (0.5, 0.8, 0.9)
 TRUTH = "the truth is not known: no log_likelihood_of_truth, psnr, ssim, crps, coverage, sbc or tarp"
@@ -182,10 +181,10 @@ def evaluate(
 
     Returns:
         A `Report` with, averaged over observations: elbo <= log_z_is (a lower bound too, that rises with n) <= log Z <= eubo (where the
-        prior's paths are known), learned log_z, ess (of n), log_likelihood of the draws, chi_squared of y about them (Gaussian noise; 1 for
-        the posterior); where x is known: psnr of the posterior mean (data range 2), ssim (images), crps, the coverage of central intervals,
-        element by element ("coverage_90" should be `nominal_90`), and the p-values of two tests of calibration. With a single observation,
-        the standard errors that there are, are over its draws.
+        prior's paths are known), learned log_z, ess (of n), log_likelihood of the draws, chi_squared of y about them (where
+        the noise is a model of `noise`; 1 for the posterior); where x is known: psnr of the posterior mean (data range 2), ssim (images),
+        crps, the coverage of central intervals, element by element ("coverage_90" should be `nominal_90`), and the p-values of two tests
+        of calibration. With a single observation, the standard errors that there are, are over its draws.
 
     Raises:
         ValueError: for draws or weights that are NaN, or where all weights of an observation are 0.
@@ -211,11 +210,11 @@ def evaluate(
         paths = held.paths
         log_w = path_log_prob(posterior.prior, paths, chunk_size) + posterior.log_likelihood(paths.x_0, y)
         values["eubo"] = eubo(log_w - path_log_prob(posterior, paths, chunk_size))
-    if isinstance(posterior.problem.noise, GaussianNoise):
-        residual = (y - posterior.problem(draws.x.flatten(0, 1)).unflatten(0, (n, len(y)))) / posterior.problem.noise.std
+    residual = posterior.problem.residual(draws.x, y)
+    if residual is not None:
         values["chi_squared"] = chi_squared(residual).reduced
     else:
-        absent["chi_squared"] = "needs Gaussian noise"
+        absent["chi_squared"] = "needs a noise model that knows its mean and variance"
     p_values, ranks, coverage = {}, None, None
     if held.x is not None:
         values["log_likelihood_of_truth"] = posterior.problem.log_likelihood(held.x, y)

@@ -20,7 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from rtb_inverse.chains import Prior
-from rtb_inverse.problems import GaussianNoise, InverseProblem
+from rtb_inverse.noise import GaussianNoise, Noise
+from rtb_inverse.noise_range import NoiseRange
+from rtb_inverse.problems import InverseProblem
 
 DENSE_LIMIT = 2**22  # elements of a matrix that is kept
 COVARIANCE_LIMIT = 2**20  # of a gain that is kept for each of the K times
@@ -45,9 +47,10 @@ class Update:
 
 
 class Guide(nn.Module):
-    """Moves an estimate of x_0 by y. `exact`: what is left of the variance is known too, in all directions."""
+    """Moves an estimate of x_0 by y. `exact`: what is left of the variance is known too, in all directions; `per_observation`: it differs
+    from one y to the next."""
 
-    exact = False
+    exact = per_observation = False
 
     def at(self, x_t: Tensor, t: Tensor) -> Any:
         """What `forward` has to know of a state besides the error r_t^2."""
@@ -293,16 +296,19 @@ class GaussianGuidance(AffineGuide):
 
 
 class GradientGuidance(Guide):
-    """Any differentiable operator: the update by a few steps of conjugate gradients on
-    (r^-2 + J^T J / sigma^2) delta = J^T (y - A) / sigma^2, with products by J and J^T only. One step is the likelihood's gradient with
-    the best step size of the linearised problem.
+    """Any differentiable operator, and any noise that knows its mean and its variance: the update by a few steps of conjugate gradients on
 
-    Where A is not affine, delta is clipped softly to a root mean square of `clip` times the denoiser's error, and A is linearised
-    `rounds` times, each time where the last delta led (Gauss-Newton: J and A at x0hat + delta, and J delta added to y - A).
+        (r^-2 + J^T C^-1 J) delta = J^T C^-1 (y - m),      m = E[y | A(x0hat)],  C = Var[y | A(x0hat)],  J = dm/dx,
+
+    with products by J and J^T only: for Gaussian noise m = A(x0hat) and C = sigma^2, for another one the Gaussian of its mean and its
+    variance at the estimate. One step is the gradient with the best step size of the linearised problem.
+
+    Where m is not affine or C not fixed, delta is clipped softly to a root mean square of `clip` times the denoiser's error, and m is
+    linearised `rounds` times, each time where the last delta led (Gauss-Newton: J, m and C at x0hat + delta, and J delta added to y - m).
     """
 
     operator: Callable[[Tensor], Tensor]
-    noise_std: Tensor
+    noise: Noise
 
     def __init__(
         self, problem: InverseProblem, operator: Callable[[Tensor], Tensor], iterations: int, clip: float | None = 3.0,
@@ -311,34 +317,64 @@ class GradientGuidance(Guide):
         super().__init__()
         self.operator, self.iterations, self.clip, self.rounds = operator, iterations, clip, rounds
         self.event_dim = len(problem.shape) if event_dim is None else event_dim
-        self.register_buffer("noise_std", problem.noise.std, persistent=False)
+        self.noise = problem.noise
 
     def forward(self, x_0, y, error, at=None):
+        """`at`: by what the noise of each observation is multiplied, (B,); None: by nothing."""
         shape = x_0.shape
         batch, event = shape[: x_0.ndim - self.event_dim], shape[x_0.ndim - self.event_dim :]
         r = error.sqrt().to(x_0.dtype).expand(shape).reshape(-1, *event)
-        std = self.noise_std.to(x_0.dtype)
-        target = (y / std).expand(*batch, *y.shape[1:]).reshape(-1, *y.shape[1:])
+        level = 1.0 if at is None else at.to(x_0.dtype).expand(batch).reshape(-1, *(1,) * (y.ndim - 1))
+        y = y.expand(*batch, *y.shape[1:]).reshape(-1, *y.shape[1:])
 
-        def whitened(x):
-            return self.operator(x) / std
+        def misfit(x):
+            clean = self.operator(x)
+            return self.noise.whiten(clean.detach(), self.noise.mean(clean) - y) / level
 
         x, delta = x_0.reshape(-1, *event), None
         for _ in range(self.rounds):
-            clean, pull = torch.func.vjp(whitened, x if delta is None else x + delta)  # type: ignore[misc]  # three only with has_aux
+            value, pull = torch.func.vjp(misfit, x if delta is None else x + delta)  # type: ignore[misc]  # three only with has_aux
 
-            def push(v, clean=clean, pull=pull):  # J v, as the derivative of u -> J^T u: every operator with a second derivative has it
-                return torch.func.vjp(lambda u: pull(u)[0], torch.zeros_like(clean))[1](v)[0]  # type: ignore[misc]
+            def push(v, value=value, pull=pull):  # J v, as the derivative of u -> J^T u: every operator with a second derivative has it
+                return torch.func.vjp(lambda u: pull(u)[0], torch.zeros_like(value))[1](v)[0]  # type: ignore[misc]
 
             def matrix(v, push=push, pull=pull):
                 return v + r * pull(push(r * v))[0]
 
-            residual = target - clean if delta is None else target - clean + push(delta)
+            residual = -value if delta is None else push(delta) - value
             delta = r * conjugate_gradients(matrix, r * pull(residual)[0], self.iterations)
-            if self.clip is not None:
-                size = (delta**2).flatten(1).mean(1) / (self.clip**2 * (r**2).flatten(1).mean(1))
-                delta = delta * (1 + size).rsqrt().reshape(-1, *(1,) * self.event_dim)
+            delta = clipped(delta, r**2, self.clip, self.event_dim)
         return Update(delta.reshape(shape))
+
+
+def clipped(delta: Tensor, error: Tensor, clip: float | None, event_dim: int) -> Tensor:
+    """A move (*batch, *shape), softly kept to a root mean square of `clip` times that of r_t, its direction kept; None: as it is."""
+    if clip is None:
+        return delta
+    square = delta.square().flatten(delta.ndim - event_dim).mean(-1)
+    bound = clip**2 * error.flatten(error.ndim - event_dim).mean(-1).to(delta.dtype)
+    return delta * (1 + square / bound).rsqrt().reshape(*square.shape, *(1,) * event_dim)
+
+
+class LevelGuidance(Guide):
+    """Each observation has its own noise level l, which y carries: noise of variance l^2 sigma^2 under an error r^2 moves the estimate, and
+    shrinks its variance, as sigma^2 under r^2 / l^2 does. So the guide of level 1 serves them all."""
+
+    per_observation = True
+
+    def __init__(self, problem: NoiseRange, guide: Guide, event_dim: int):
+        super().__init__()
+        self.problem, self.guide, self.event_dim = problem, guide, event_dim
+
+    def at(self, x_t, t):
+        return self.guide.at(x_t, t)
+
+    def forward(self, x_0, y, error, at=None):
+        measurement, log_level = self.problem.split(y)
+        level = log_level.double().exp()
+        if isinstance(self.guide, GradientGuidance):
+            return self.guide(x_0, measurement, error, level)
+        return self.guide(x_0, measurement, error / level.reshape(-1, *(1,) * self.event_dim) ** 2, at)
 
 
 def conjugate_gradients(matrix: Callable[[Tensor], Tensor], b: Tensor, iterations: int) -> Tensor:
@@ -359,8 +395,8 @@ def conjugate_gradients(matrix: Callable[[Tensor], Tensor], b: Tensor, iteration
 
 
 def guidance(problem: InverseProblem, decode: Callable[[Tensor], Tensor] | None = None, event_dim: int | None = None) -> Guide | None:
-    """The best Gaussian update that the problem allows; None for a reward, another noise than Gaussian, or an operator without gradients,
-    where the problem has no `smoothed` likelihood.
+    """The best Gaussian update that the problem allows; None for a reward, a noise that knows neither mean nor variance, or an operator
+    without gradients, where the problem has no `smoothed` likelihood.
 
     Args:
         problem: bound to its shape.
@@ -368,17 +404,23 @@ def guidance(problem: InverseProblem, decode: Callable[[Tensor], Tensor] | None 
     """
     if problem.smoothed is not None and decode is None:
         return ElementGuidance(problem)
-    if not isinstance(problem.noise, GaussianNoise) or not problem.differentiable:
+    if isinstance(problem, NoiseRange):
+        guide = guidance(problem.operator, decode, event_dim)
+        if isinstance(guide, ElementGuidance):  # its update does not scale with the level
+            guide = GradientGuidance(problem.operator, problem.operator, iterations=5, rounds=2)
+        return None if guide is None else LevelGuidance(problem, guide, len(problem.shape) if event_dim is None else event_dim)
+    if not isinstance(problem.noise, Noise) or not problem.differentiable:
         return None
     if decode is not None:
         return GradientGuidance(problem, lambda z: problem(decode(z)), iterations=1, event_dim=event_dim)
-    if problem.mask is not None:
+    gaussian = isinstance(problem.noise, GaussianNoise)
+    if gaussian and problem.mask is not None:
         return MaskGuidance(problem)
     if not problem.linear:
-        return GradientGuidance(problem, problem.forward, iterations=5, rounds=2)  # no submodule: the posterior saves its problem once
-    if problem.shape.numel() * problem.y_shape.numel() <= DENSE_LIMIT:
+        return GradientGuidance(problem, problem, iterations=5, rounds=2)
+    if gaussian and problem.shape.numel() * problem.y_shape.numel() <= DENSE_LIMIT:
         return DenseGuidance(problem)
-    return GradientGuidance(problem, problem.forward, iterations=5, clip=None)
+    return GradientGuidance(problem, problem, iterations=5, clip=None if gaussian else 3.0)
 
 
 def covariance_guidance(problem: InverseProblem, prior: Prior, beta: float) -> Guide | None:

@@ -1,5 +1,6 @@
 r"""The trainable chain q(tau | y): a conditional copy of the prior's chain, and log Z(y)."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ class Posterior(Chain):
     Args:
         prior: the frozen prior.
         problem: the measurement model; bound to the prior's shape here. A `Reward` has no y.
-        start: "prior" or "guided"; by default guided wherever the operator allows it (differentiable, Gaussian noise).
+        start: "prior" or "guided"; by default guided wherever the problem allows it (differentiable, a noise model of `noise`).
         beta: inverse temperature of the likelihood, > 0.
         network: in place of the copy: a module with `estimate` and `forward` as in `networks`.
         lora_rank: train low-rank adapters of the copy, not all its weights.
@@ -66,7 +67,7 @@ class Posterior(Chain):
         can_guide = self.guide is not None or references
         self.start = check_choice("start", start or ("guided" if can_guide else "prior"), ("guided", "prior"))
         if self.start == "guided" and not can_guide:
-            needs = "a differentiable operator and Gaussian noise, or a prior of exact draws"
+            needs = "a differentiable operator and a noise model of rtb_inverse.noise, or a prior of exact draws"
             raise ValueError(f"start='guided' needs {needs}; expected start='prior' here")
         self.lora_rank, self.width = lora_rank, width
         options = prior._options()
@@ -179,7 +180,9 @@ class Posterior(Chain):
         if guide is not None:
             update = guide(x_0, y, self.beta * self.error(t), at)
         if reference is not None:
-            update = self.references.left(k, torch.lerp(update.delta, reference - first, share))
+            delta = torch.lerp(update.delta, reference - first, share)
+            known = guide is not None and guide.per_observation and update.shrink is not None
+            update = replace(update, delta=delta) if known else self.references.left(k, delta)
         estimate = x_0 + expand(self.gate[k], x_0) * update.delta
         clip = self.schedule.clip_sample
         return (estimate if clip is None else estimate.clamp(-clip, clip)), log_scale, update
@@ -214,8 +217,8 @@ class Posterior(Chain):
         return y if y is None else y.to(self.gate.device, self.gate.dtype)
 
     def weights(self) -> dict[str, Tensor]:
-        """State of everything but the prior."""
-        return {name: value for name, value in self.state_dict().items() if not name.startswith("prior.")}
+        """State of everything but the prior, and the guide, which is made of the problem."""
+        return {name: value for name, value in self.state_dict().items() if not name.startswith(("prior.", "guide."))}
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the posterior as a folder: config.json, safetensors, and its prior in prior/ (where that knows how to save itself)."""

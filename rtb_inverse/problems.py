@@ -1,6 +1,5 @@
 r"""Measurement models y = A(x) + noise, as normalised likelihoods p(y | x), so that Z(y) = int p(x) p(y | x) dx is the evidence."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -8,37 +7,10 @@ import torch
 from torch import Generator, Tensor, nn
 
 from rtb_inverse.checks import check_finite, check_tensor
+from rtb_inverse.noise import GaussianNoise, Noise, noise_from_config
 from rtb_inverse.particles import check_below_infinity
 
-
-class GaussianNoise(nn.Module):
-    """y = A(x) + std n, n ~ N(0, I).
-
-    Args:
-        std: > 0, a number, or a tensor that broadcasts to y (one level per element).
-    """
-
-    std: Tensor
-
-    def __init__(self, std: float | Tensor):
-        super().__init__()
-        if not isinstance(std, (int, float, Tensor)):
-            raise TypeError(f"noise_std must be a number or a tensor, got {std!r}")
-        std = torch.as_tensor(std, dtype=std.dtype if isinstance(std, Tensor) else torch.float64)
-        if not ((std > 0) & torch.isfinite(std)).all():
-            raise ValueError(f"noise_std must be finite and above 0, got {std.tolist()!r}")
-        self.register_buffer("std", std)
-
-    def sample(self, clean: Tensor, generator: Generator | None = None) -> Tensor:
-        """y given A(x)."""
-        noise = torch.randn(clean.shape, generator=generator, device=clean.device, dtype=clean.dtype)
-        return clean + self.std.to(clean.dtype) * noise
-
-    def log_prob(self, clean: Tensor, y: Tensor, event_dim: int) -> Tensor:
-        """log p(y | A(x)), summed over the last `event_dim` axes; clean and y broadcast."""
-        std = self.std.to(clean.dtype)
-        log_density = -0.5 * ((y - clean) / std) ** 2 - std.log() - 0.5 * math.log(2 * math.pi)
-        return log_density.reshape(*log_density.shape[: log_density.ndim - event_dim], -1).sum(-1)
+__all__ = ["GaussianNoise", "InverseProblem", "MatrixOperator", "Reward"]
 
 
 class MatrixOperator(nn.Module):
@@ -59,7 +31,7 @@ class InverseProblem(nn.Module):
 
     Args:
         operator: any callable from a batch of x, (M, *shape), to a batch of clean measurements, (M, *y_shape); or a matrix (m, d).
-        noise: a noise model, `GaussianNoise(std)`.
+        noise: a noise model, `GaussianNoise(std)` or another of `rtb_inverse.noise`; or a module of your own with `sample` and `log_prob`.
         shape: shape of one x. May be left out: `Posterior` tells it the prior's.
         linear: whether A is affine in x; tried out where it is not said.
 
@@ -72,7 +44,7 @@ class InverseProblem(nn.Module):
     """
 
     operator: Callable[[Tensor], Tensor]
-    noise: Any  # a module with sample(clean, generator) and log_prob(clean, y, event_dim)
+    noise: Any  # a module with sample(clean, generator) and log_prob(clean, y, event_dim); see `noise.Noise` for what else it may know
     mask: Tensor | None
     config: dict | None = None
     smoothed: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
@@ -92,15 +64,16 @@ class InverseProblem(nn.Module):
         self.shape: torch.Size | None = None
         self.y_shape: torch.Size | None = None
         self._unit: float | None = None  # scale of the back-projection of a nonlinear operator, once known
-        if isinstance(operator, Tensor) and isinstance(noise, GaussianNoise):
-            self.config = {"noise_shape": list(noise.std.shape)}
+        if isinstance(operator, Tensor) and isinstance(noise, Noise) and noise.config is not None:
+            self.config = {"noise": noise.config}
         if shape is not None:
             self.bind(shape)
 
     @classmethod
     def from_config(cls, config: dict, weights: dict[str, Tensor]) -> "InverseProblem":
         """Rebuild a matrix problem from its `config` and saved buffers."""
-        return cls(weights["operator.matrix"], GaussianNoise(weights["noise.std"].reshape(config["noise_shape"])))
+        held = {name.removeprefix("noise."): value for name, value in weights.items() if name.startswith("noise.")}
+        return cls(weights["operator.matrix"], noise_from_config(config["noise"], held))
 
     def bind(self, shape) -> "InverseProblem":
         """Fix the shape of x, and try the operator on two random x of that shape. Returns itself.
@@ -134,7 +107,8 @@ class InverseProblem(nn.Module):
                     f"operator must map a batch (M, *shape) to a batch (M, *y_shape): on x of shape {tuple(x.shape)} it gave {was}"
                 )
             if not clean.is_floating_point():
-                raise TypeError(f"operator must return a floating-point tensor, got {clean.dtype}")
+                hint = "; torch.view_as_real makes one" if clean.is_complex() else ""
+                raise TypeError(f"operator must return a floating-point tensor, got {clean.dtype}{hint}")
             self._check_clean("operator's output", clean)
             self.differentiable = clean.requires_grad
         clean = clean.detach()
@@ -166,9 +140,17 @@ class InverseProblem(nn.Module):
         event_dim = len(self.y_shape) if self.y_shape is not None else clean.ndim - 1
         return self.noise.log_prob(clean, y, event_dim)
 
+    def residual(self, x: Tensor, y: Tensor) -> Tensor | None:
+        """y - E[y | x], of covariance 1 under p(y | x): x (*batch, *shape) to (*batch, *y_shape); None where the noise does not know it."""
+        if not isinstance(self.noise, Noise):
+            return None
+        clean = self(x)
+        return self.noise.whiten(clean, y - self.noise.mean(clean))
+
     def check_y(self, y: Tensor) -> Tensor:
-        """y if it is a finite, floating-point batch (B, *y_shape); one clear error otherwise."""
-        return check_tensor("y", y, self.y_shape)
+        """y if it is a finite, floating-point batch (B, *y_shape) that the noise model can give; one clear error otherwise."""
+        y = check_tensor("y", y, self.y_shape)
+        return self.noise.check(y) if isinstance(self.noise, Noise) else y
 
     def condition(self, y: Tensor) -> Tensor:
         """What the posterior network sees of y, (B, *y_shape) to (B, C, *spatial) for x of shape (c, *spatial), (B, m) for x of shape (d,).

@@ -17,7 +17,8 @@ from torch import Generator, Tensor, nn
 from priors import GaussianMixturePrior, GaussianPrior
 from rtb_inverse.checks import check_choice, check_count
 from rtb_inverse.guidance import affine
-from rtb_inverse.problems import GaussianNoise, InverseProblem
+from rtb_inverse.noise import GaussianNoise, PoissonNoise
+from rtb_inverse.problems import InverseProblem
 from tasks.inpainting import Inpainting
 
 AT_ONCE = 2**16  # cells whose density is looked at together
@@ -103,18 +104,6 @@ class PlaneProblem(ExactProblem):
         return torch.stack([self.log_joint(one).logsumexp(0) + log_area for one in self.problem.check_y(y).split(1)]).to(y.dtype)
 
 
-class Poisson(nn.Module):
-    """y ~ Poisson(rate), the rate > 0 being the operator's output."""
-
-    def sample(self, clean: Tensor, generator: Generator | None = None) -> Tensor:
-        return torch.poisson(clean, generator=generator)
-
-    def log_prob(self, clean: Tensor, y: Tensor, event_dim: int) -> Tensor:
-        """log p(y | rate), summed over the last `event_dim` axes; clean and y broadcast."""
-        log_p = y * clean.log() - clean - (y + 1).lgamma()
-        return log_p.flatten(log_p.ndim - event_dim).sum(-1)
-
-
 def counts(x: Tensor) -> Tensor:
     """A rate > 0 for each element."""
     return 0.5 + 2 * nn.functional.softplus(x)
@@ -163,7 +152,7 @@ EXACT_PROBLEMS: dict[str, Callable[[int], ExactProblem]] = {
     "gp_blur": lambda steps: process(InverseProblem(gaussian_blur(16), GaussianNoise(0.1)), steps),
     "abs2": lambda steps: plane(torch.abs, GaussianNoise(0.5), steps),
     "nonlinear2": lambda steps: plane(bend, GaussianNoise(0.5), steps),
-    "poisson2": lambda steps: plane(counts, Poisson(), steps),
+    "poisson2": lambda steps: plane(counts, PoissonNoise(), steps),
 }
 
 

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from rtb_inverse.checks import check_positive
+from rtb_inverse.noise import log_interval
 from rtb_inverse.problems import GaussianNoise, InverseProblem
-from tasks.quantisation import check_limits, log_interval
+from tasks.quantisation import check_limits
 
 
 def log_normal(z: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rtb_inverse.checks import check_tensor
 from rtb_inverse.problems import GaussianNoise, InverseProblem
 
 MASKS = ("box", "half", "random", "scratches")
@@ -125,7 +124,7 @@ class Inpainting(InverseProblem):
             raise ValueError(
                 f"y must have shape (B, {self.y_shape[0]}), the seen elements, got {tuple(y.shape)}: take them with problem.observed(y)"
             )
-        return check_tensor("y", y, self.y_shape)
+        return super().check_y(y)
 
     @classmethod
     def from_config(cls, config: dict, weights: dict[str, Tensor]) -> "Inpainting":

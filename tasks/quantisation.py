@@ -9,57 +9,13 @@ itself, its variance adds to std^2.
 import math
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
-from rtb_inverse.checks import check_count, check_positive, check_tensor
+from rtb_inverse.checks import check_count, check_tensor
+from rtb_inverse.noise import QuantisedNoise, QuantisedNormal
 from rtb_inverse.problems import InverseProblem
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-FAR = 40.0  # standard deviations: a Gaussian has 1e-350 of its mass beyond
-
-
-def log_interval(a: Tensor, b: Tensor) -> Tensor:
-    """log(Phi(b) - Phi(a)) for a < b, one of them finite, accurate in both tails."""
-    mirrored = a + b > 0  # Phi(b) - Phi(a) = Phi(-a) - Phi(-b), without 1 - 1
-    a, b = torch.where(mirrored, -b, a), torch.where(mirrored, -a, b)
-    a = a.maximum(-b.abs() - FAR)  # beyond, its share is 0 and its derivatives overflow
-    log_b = torch.special.log_ndtr(b)
-    ratio = (torch.special.log_ndtr(a) - log_b).clamp_max(-torch.finfo(a.dtype).tiny)  # of the two, for an interval too narrow to tell
-    return log_b + (-torch.expm1(ratio)).log()
-
-
-class QuantisedNoise(nn.Module):
-    """y = the number of edges below A(x) + std n.
-
-    Args:
-        std: of the noise before the quantiser, > 0.
-        edges: (L - 1,), increasing.
-    """
-
-    std: Tensor
-    edges: Tensor
-
-    def __init__(self, std: float, edges: Tensor):
-        super().__init__()
-        self.register_buffer("std", torch.tensor(check_positive("noise_std", std), dtype=torch.float64))
-        self.register_buffer("edges", edges)
-
-    def sample(self, clean: Tensor, generator: Generator | None = None) -> Tensor:
-        """y given A(x)."""
-        noise = torch.randn(clean.shape, generator=generator, device=clean.device, dtype=clean.dtype)
-        return torch.bucketize(clean + self.std.to(clean.dtype) * noise, self.edges.to(clean.dtype)).to(clean.dtype)
-
-    def log_prob(self, clean: Tensor, y: Tensor, event_dim: int) -> Tensor:
-        """log p(y | A(x)), summed over the last `event_dim` axes; clean and y broadcast."""
-        log_p = log_bin(clean, self.std.to(clean.dtype), self.edges, y)
-        return log_p.reshape(*log_p.shape[: log_p.ndim - event_dim], -1).sum(-1)
-
-
-def log_bin(mean: Tensor, std: Tensor, edges: Tensor, y: Tensor) -> Tensor:
-    """log p(mean + std n is above y of the edges), element by element."""
-    ends, bin = nn.functional.pad(edges, (1, 1)).to(mean.dtype), y.long()
-    ends[0], ends[-1] = -torch.inf, torch.inf
-    return log_interval((ends[bin] - mean) / std, (ends[bin + 1] - mean) / std)
 
 
 def check_limits(limits) -> tuple[float, float]:
@@ -94,7 +50,8 @@ class Quantisation(InverseProblem):
 
     def smoothed(self, mean, y, variance):
         """log int N(x; mean, variance) p(y | x) dx, element by element: that of the bin under a wider Gaussian."""
-        return log_bin(mean, (self.noise.std.to(mean.dtype) ** 2 + variance).sqrt(), self.noise.edges, y)
+        std = (self.noise.std.to(mean.dtype) ** 2 + variance).sqrt()
+        return QuantisedNormal(mean, std, self.noise.edges.to(mean.dtype)).log_prob(y)
 
     def condition(self, y):
         """The centres of the bins, in the units of x, (B, *shape)."""

@@ -14,7 +14,7 @@ from priors import GaussianMixturePrior
 from rtb_inverse.guidance import affine
 from rtb_inverse.posterior import Posterior
 from tasks import exact_problem
-from tasks.exact import EXACT_PROBLEMS, LinearProblem, PlaneProblem, Poisson, gaussian_blur
+from tasks.exact import EXACT_PROBLEMS, LinearProblem, PlaneProblem, gaussian_blur
 
 D = torch.float64
 LINEAR = ("gmm2", "gmm10", "gmm40", "gmm100", "gp_inpainting", "gp_blur")
@@ -133,15 +133,6 @@ def test_the_nonlinear_posterior_is_bent_and_the_absolute_one_has_modes_of_eithe
     assert float((x[:, 0] > 2).float().mean()) > 0.02 and float((x[:, 0] < -2).float().mean()) > 0.02
     x = on_grid("abs2").draws(torch.tensor([[4.0, 4.0]]), 4000, generator)[:, 0]
     assert len(x.sign().unique(dim=0)) > 1
-
-
-def test_poisson_noise_is_torchs(generator, assert_mean):
-    rate = torch.tensor([0.5, 3.0, 20.0], dtype=D)
-    y = Poisson().sample(rate.expand(20_000, 3), generator)
-    assert_mean(y, rate)
-    assert_mean((y - rate) ** 2, rate)
-    theirs = torch.distributions.Poisson(rate).log_prob(y[:50]).sum(-1)
-    torch.testing.assert_close(Poisson().log_prob(rate, y[:50], 1), theirs)
 
 
 def test_blur_is_scipys():

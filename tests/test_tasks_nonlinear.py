@@ -424,7 +424,7 @@ def test_the_yaml_builds_its_problem(file, monkeypatch):
         (lambda: PhaseRetrieval(IMAGE, oversampling=0.5), ValueError, "oversampling must be finite and at least 1, got 0.5"),
         (lambda: Quantisation(IMAGE, 0), ValueError, "bits must be an integer of at least 1, got 0"),
         (lambda: Quantisation(IMAGE, 17), ValueError, "bits must be at most 16, got 17"),
-        (lambda: Quantisation(IMAGE, noise_std=0), ValueError, "noise_std must be a finite number above 0, got 0"),
+        (lambda: Quantisation(IMAGE, noise_std=0), ValueError, "noise_std must be finite and above 0, got 0"),
         (lambda: Quantisation(IMAGE, limits=(0.0, 0.0)), ValueError, r"limits must be two finite numbers low < high, got \(0.0, 0.0\)"),
         (lambda: ClassConstraint("MNIST", IMAGE), TypeError, "classifier must be a callable from x to logits, got str"),
         (lambda: ClassConstraint(lambda x: x, IMAGE), ValueError, r"classifier must give logits of shape \(M, C\), C >= 2, got \(3, 1"),
