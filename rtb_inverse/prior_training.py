@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rtb_inverse.averaging import ExponentialMovingAverage
 from rtb_inverse.chains import Prior
-from rtb_inverse.checkpoints import ERROR_FILE, save_tensors
+from rtb_inverse.checkpoints import ERROR_FILE, WEIGHTS, load_into, load_weights, save_tensors
 from rtb_inverse.checks import check_count, check_positive, check_tensor, check_writable
 from rtb_inverse.denoiser_error import DenoiserError
 from rtb_inverse.schedules import schedule_from_config
@@ -27,6 +27,8 @@ class PriorTraining(LightningModule):
         lr: peak learning rate; linear warm-up over `warmup` steps, then a cosine to zero at the end of training.
         ema_decay: decay of the averaged weights, which are the ones written.
         min_snr: weights are clipped as in Min-SNR (Hang et al. 2023, arXiv 2303.09556) at this signal-to-noise ratio, where given.
+        error_draws: the denoiser's error is measured on at least so many draws of the prior.
+        start: folder of a finished prior whose weights `network` continues from, for example one that a shorter run wrote.
     """
 
     network: ModelMixin
@@ -34,13 +36,17 @@ class PriorTraining(LightningModule):
     def __init__(
         self, network: nn.Module, scheduler: SchedulerMixin, output: str, steps: int = 20, lr: float = 1e-3, warmup: int = 200,
         ema_decay: float = 0.999, weight_decay: float = 0.0, min_snr: float | None = None,
+        error_draws: int = 2048, start: str | None = None,
     ):  # fmt: skip
         super().__init__()
         self.network, self.scheduler = network, scheduler
         self.schedule = schedule_from_config(scheduler)
         self.output, self.steps = check_writable("output", output), check_count("steps", steps)
+        if start is not None:
+            file = Path(start) / "unet" / WEIGHTS
+            load_into(network, load_weights(file), file)
         self.lr, self.warmup, self.weight_decay = check_positive("lr", lr), warmup, weight_decay
-        self.min_snr = min_snr
+        self.min_snr, self.error_draws = min_snr, check_count("error_draws", error_draws)
         self.ema = ExponentialMovingAverage(network.parameters(), ema_decay)
 
     def loss(self, x_0: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -114,10 +120,10 @@ class PriorTraining(LightningModule):
         return self.schedule.to_x_0(self.network(x_t, time).sample, x_t, t)
 
     def held_out(self) -> Tensor:
-        """Clean examples of the first validation batch, repeated to at least 2,048 (each gets its own noise)."""
+        """Clean examples of the first validation batch, repeated to at least `error_draws` (each gets its own noise)."""
         batch = next(iter(self.trainer.datamodule.val_dataloader()))  # type: ignore[attr-defined]
         x = (batch[0] if isinstance(batch, (list, tuple)) else batch).to(self.device)
-        return x.repeat(-(-2048 // len(x)), *(1,) * (x.ndim - 1))
+        return x.repeat(-(-self.error_draws // len(x)), *(1,) * (x.ndim - 1))
 
 
 class _Draft(Prior):
