@@ -1,11 +1,13 @@
 """Train a diffusion prior by denoising score matching, and write it as a diffusers folder."""
 
 import json
+import math
 from pathlib import Path
 
 import torch
 from diffusers import ModelMixin, SchedulerMixin
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import Timer
 from torch import Tensor, nn
 
 from rtb_inverse.averaging import ExponentialMovingAverage
@@ -24,7 +26,8 @@ class PriorTraining(LightningModule):
         scheduler: a diffusers scheduler; its config says what x_t and the target are.
         output: folder for the finished prior; must be writable, which is tried before any work.
         steps: number of sampling steps that the prior recommends.
-        lr: peak learning rate; linear warm-up over `warmup` steps, then a cosine to zero at the end of training.
+        lr: peak learning rate; linear warm-up over `warmup` steps, then a cosine to zero at the end of training: by the steps
+            done or the share of the Trainer's `max_time` spent, whichever is further.
         ema_decay: decay of the averaged weights, which are the ones written.
         min_snr: weights are clipped as in Min-SNR (Hang et al. 2023, arXiv 2303.09556) at this signal-to-noise ratio, where given.
         error_draws: the denoiser's error is measured on at least so many draws of the prior.
@@ -85,10 +88,17 @@ class PriorTraining(LightningModule):
 
     def configure_optimizers(self):
         optimizer = torch.optim.AdamW(self.network.parameters(), lr=self.lr, weight_decay=self.weight_decay)
-        total = int(self.trainer.estimated_stepping_batches)
-        warm = torch.optim.lr_scheduler.LinearLR(optimizer, 1e-3, total_iters=self.warmup)
-        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, total - self.warmup))
-        schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [warm, cosine], [self.warmup])
+        total = self.trainer.estimated_stepping_batches
+        timer = next((callback for callback in self.trainer.callbacks if isinstance(callback, Timer)), None)
+
+        def factor(n: int) -> float:
+            progress = max(0, n - self.warmup) / max(1, total - self.warmup)
+            if timer is not None and timer.time_remaining() is not None:
+                elapsed = timer.time_elapsed()
+                progress = max(progress, elapsed / (elapsed + timer.time_remaining()))
+            return min(1, (n + 1) / max(1, self.warmup)) * (1 + math.cos(math.pi * min(progress, 1))) / 2
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_end(self):
