@@ -1,16 +1,18 @@
 """Train a diffusion prior by denoising score matching, and write it as a diffusers folder."""
 
 import json
+import math
 from pathlib import Path
 
 import torch
 from diffusers import ModelMixin, SchedulerMixin
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import Timer
 from torch import Tensor, nn
 
 from rtb_inverse.averaging import ExponentialMovingAverage
 from rtb_inverse.chains import Prior
-from rtb_inverse.checkpoints import ERROR_FILE, save_tensors
+from rtb_inverse.checkpoints import ERROR_FILE, WEIGHTS, load_into, load_weights, save_tensors
 from rtb_inverse.checks import check_count, check_positive, check_tensor, check_writable
 from rtb_inverse.denoiser_error import DenoiserError
 from rtb_inverse.schedules import schedule_from_config
@@ -24,9 +26,12 @@ class PriorTraining(LightningModule):
         scheduler: a diffusers scheduler; its config says what x_t and the target are.
         output: folder for the finished prior; must be writable, which is tried before any work.
         steps: number of sampling steps that the prior recommends.
-        lr: peak learning rate; linear warm-up over `warmup` steps, then a cosine to zero at the end of training.
+        lr: peak learning rate; linear warm-up over `warmup` steps, then a cosine to zero at the end of training: by the steps
+            done or the share of the Trainer's `max_time` spent, whichever is further.
         ema_decay: decay of the averaged weights, which are the ones written.
         min_snr: weights are clipped as in Min-SNR (Hang et al. 2023, arXiv 2303.09556) at this signal-to-noise ratio, where given.
+        error_draws: the denoiser's error is measured on at least so many draws of the prior.
+        start: folder of a finished prior whose weights `network` continues from, for example one that a shorter run wrote.
     """
 
     network: ModelMixin
@@ -34,13 +39,17 @@ class PriorTraining(LightningModule):
     def __init__(
         self, network: nn.Module, scheduler: SchedulerMixin, output: str, steps: int = 20, lr: float = 1e-3, warmup: int = 200,
         ema_decay: float = 0.999, weight_decay: float = 0.0, min_snr: float | None = None,
+        error_draws: int = 2048, start: str | None = None,
     ):  # fmt: skip
         super().__init__()
         self.network, self.scheduler = network, scheduler
         self.schedule = schedule_from_config(scheduler)
         self.output, self.steps = check_writable("output", output), check_count("steps", steps)
+        if start is not None:
+            file = Path(start) / "unet" / WEIGHTS
+            load_into(network, load_weights(file), file)
         self.lr, self.warmup, self.weight_decay = check_positive("lr", lr), warmup, weight_decay
-        self.min_snr = min_snr
+        self.min_snr, self.error_draws = min_snr, check_count("error_draws", error_draws)
         self.ema = ExponentialMovingAverage(network.parameters(), ema_decay)
 
     def loss(self, x_0: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -79,10 +88,17 @@ class PriorTraining(LightningModule):
 
     def configure_optimizers(self):
         optimizer = torch.optim.AdamW(self.network.parameters(), lr=self.lr, weight_decay=self.weight_decay)
-        total = int(self.trainer.estimated_stepping_batches)
-        warm = torch.optim.lr_scheduler.LinearLR(optimizer, 1e-3, total_iters=self.warmup)
-        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, total - self.warmup))
-        schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [warm, cosine], [self.warmup])
+        total = self.trainer.estimated_stepping_batches
+        timer = next((callback for callback in self.trainer.callbacks if isinstance(callback, Timer)), None)
+
+        def factor(n: int) -> float:
+            progress = max(0, n - self.warmup) / max(1, total - self.warmup)
+            if timer is not None and timer.time_remaining() is not None:
+                elapsed = timer.time_elapsed()
+                progress = max(progress, elapsed / (elapsed + timer.time_remaining()))
+            return min(1, (n + 1) / max(1, self.warmup)) * (1 + math.cos(math.pi * min(progress, 1))) / 2
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_end(self):
@@ -114,10 +130,10 @@ class PriorTraining(LightningModule):
         return self.schedule.to_x_0(self.network(x_t, time).sample, x_t, t)
 
     def held_out(self) -> Tensor:
-        """Clean examples of the first validation batch, repeated to at least 2,048 (each gets its own noise)."""
+        """Clean examples of the first validation batch, repeated to at least `error_draws` (each gets its own noise)."""
         batch = next(iter(self.trainer.datamodule.val_dataloader()))  # type: ignore[attr-defined]
         x = (batch[0] if isinstance(batch, (list, tuple)) else batch).to(self.device)
-        return x.repeat(-(-2048 // len(x)), *(1,) * (x.ndim - 1))
+        return x.repeat(-(-self.error_draws // len(x)), *(1,) * (x.ndim - 1))
 
 
 class _Draft(Prior):
