@@ -21,9 +21,13 @@ from tasks.colourisation import Colourisation
 from tasks.compressed_sensing import CompressedSensing
 from tasks.deblurring import Deblurring
 from tasks.denoising import Denoising
+from tasks.hdr import HDR
 from tasks.inpainting import Inpainting
 from tasks.linear import lay_out
 from tasks.mri import MRI
+from tasks.phase_retrieval import PhaseRetrieval
+from tasks.quantisation import Quantisation
+from tasks.saturating_deblurring import SaturatingDeblurring
 from tasks.super_resolution import SuperResolution
 from tasks.tomography import Tomography
 
@@ -46,6 +50,10 @@ EXAMPLES: dict[str, Callable[[Size], InverseProblem]] = {
     "tomography, 90 degrees": lambda shape: Tomography(shape, 20, 90.0),
     "MRI, 4×": lambda shape: MRI(shape, 4),
     "colourisation": lambda shape: Colourisation((3, *shape[1:])),
+    "deblurring, saturating": lambda shape: SaturatingDeblurring(shape, blur_std=1.5, gain=3.0),
+    "high dynamic range": lambda shape: HDR(shape),
+    "phase retrieval": lambda shape: PhaseRetrieval(shape),
+    "quantisation, 2 bits": lambda shape: Quantisation(shape, bits=2, noise_std=0.3),
 }
 TINTS = torch.tensor([[0.95, 0.55, 0.2], [0.3, 0.75, 0.95], [0.6, 0.9, 0.4]])
 

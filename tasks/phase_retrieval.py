@@ -58,6 +58,10 @@ class PhaseRetrieval(InverseProblem):
         lags = 2 * torch.fft.irfft2(intensity, s=(P, Q), norm="ortho") * math.sqrt(P * Q) / (H * W) - 1
         return torch.cat([lags, lags.flip(-1).roll(1, -1)], 1)[..., :H, :W]
 
+    def picture(self, y: Tensor) -> Tensor:
+        """The logarithm of y in the right half of the spectrum, low frequencies midway on the left, (B, C, P, Q // 2 + 1)."""
+        return torch.fft.fftshift(y.clamp_min(float(self.noise.std)).log(), -2)
+
     @classmethod
     def from_config(cls, config: dict, weights: dict[str, Tensor]) -> "PhaseRetrieval":
         """Rebuild from `config`."""
