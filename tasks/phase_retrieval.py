@@ -15,6 +15,7 @@ from rtb_inverse.checks import check_choice
 from rtb_inverse.problems import GaussianNoise, InverseProblem
 
 EPS = 1e-3  # of the amplitude, whose slope would jump at 0
+DARK = 1e-2  # mean square of u, below which an image counts as dark
 
 
 class PhaseRetrieval(InverseProblem):
@@ -51,12 +52,15 @@ class PhaseRetrieval(InverseProblem):
         return intensity if self.kind == "intensity" else (intensity + EPS**2).sqrt()
 
     def condition(self, y):
-        """The autocorrelation of u per pixel, from [0, 1] to [-1, 1] as u is to x: at pixel (i, j) that of lag (i, j), and as further
-        channels that of lag (i, -j). (B, 2 C, H, W); the other lags repeat them."""
+        """The autocorrelation R of u: 2 R(lag) / R(0) - 1, within [-1, 1], at pixel (i, j) that of lag (i, j), and as further channels
+        that of lag (i, -j); the other lags repeat them. What the ratio leaves out, 2 R(0) / (H W) - 1, is the same everywhere.
+        (B, 3 C, H, W)."""
         (H, W), (P, Q) = self.shape[1:], self.padded
         intensity = y if self.kind == "intensity" else y**2
-        lags = 2 * torch.fft.irfft2(intensity, s=(P, Q), norm="ortho") * math.sqrt(P * Q) / (H * W) - 1
-        return torch.cat([lags, lags.flip(-1).roll(1, -1)], 1)[..., :H, :W]
+        lags = torch.fft.irfft2(intensity, s=(P, Q), norm="ortho") * (math.sqrt(P * Q) / (H * W))  # R / (H W)
+        zero = lags[..., :1, :1]
+        ratio = lags / zero.clamp_min(DARK)
+        return 2 * torch.cat([ratio[..., :H, :W], ratio.flip(-1).roll(1, -1)[..., :H, :W], zero.expand(-1, -1, H, W)], 1) - 1
 
     def picture(self, y: Tensor) -> Tensor:
         """The logarithm of y in the right half of the spectrum, low frequencies midway on the left, (B, C, P, Q // 2 + 1)."""

@@ -268,12 +268,16 @@ def test_hdr_shows_what_is_clipped():
 @pytest.mark.parametrize("kind", ["amplitude", "intensity"])
 def test_phase_retrieval_shows_the_autocorrelation(kind, generator):
     problem, x = PhaseRetrieval(IMAGE, kind, 2, 0.01), randn(generator, 2, *IMAGE)
-    seen = (problem.condition(problem(x)) + 1) / 2 * 64
+    seen = (problem.condition(problem(x)) + 1) / 2
     for b in range(2):
         u = ((x[b, 0] + 1) / 2).numpy()
         full = torch.from_numpy(scipy.signal.correlate2d(u, u))  # lag (i, j) at [7 + i, 7 + j]
-        torch.testing.assert_close(seen[b, 0], full[7:, 7:], atol=1e-2, rtol=0)
-        torch.testing.assert_close(seen[b, 1], full[7:, :8].flip(-1), atol=1e-2, rtol=0)
+        ratio = full / full[7, 7]
+        torch.testing.assert_close(seen[b, 0], ratio[7:, 7:], atol=2e-4, rtol=0)
+        torch.testing.assert_close(seen[b, 1], ratio[7:, :8].flip(-1), atol=2e-4, rtol=0)
+        torch.testing.assert_close(seen[b, 2], (full[7, 7] / 64).expand(8, 8), atol=2e-4, rtol=0)
+    dark = problem.condition(problem(torch.full((1, *IMAGE), -1.0, dtype=D)))
+    assert bool(((dark + 1).abs() < 2e-3).all())
 
 
 def test_quantisation_shows_the_bins_centres(generator):
