@@ -80,7 +80,7 @@ def gallery(x: Tensor, file: str | Path, examples: dict[str, Callable[[Size], In
         problem = make(x.shape[1:])
         truth = x if problem.shape[0] == x.shape[1] else tinted(x)
         y = problem.simulate(truth, Generator().manual_seed(0))
-        seen, condition = picture(problem, y), problem.condition(y)
+        seen, condition = picture(problem, y), problem.condition(y)[:, : problem.shape[0]]  # further channels say how it was seen
         known = seen[~seen.isnan()]
         for b in range(len(x)):
             show(row[4 * b], truth[b], (-1, 1))
