@@ -541,7 +541,7 @@ class QuantisedNormal(SeededDistribution):
         return torch.bucketize(loc + self.std * noise, self.edges).to(loc.dtype)
 
     def log_prob(self, y):
-        bin = y.nan_to_num().long().clamp(0, len(self.edges))
+        bin = y.nan_to_num().long().clamp(0, len(self.edges))  # any bin, for a y that is none: `Noise.log_prob` gives that -inf
         ends = nn.functional.pad(self.edges, (1, 1), value=torch.inf)
         ends[0] = -torch.inf
         return log_interval((ends[bin] - self.loc) / self.std, (ends[bin + 1] - self.loc) / self.std)

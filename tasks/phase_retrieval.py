@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rtb_inverse.checks import check_choice
 from rtb_inverse.problems import GaussianNoise, InverseProblem
+from tasks.linear import image_shape
 
 EPS = 1e-3  # of the amplitude, whose slope would jump at 0
 DARK = 1e-2  # mean square of u, below which an image counts as dark
@@ -29,12 +30,11 @@ class PhaseRetrieval(InverseProblem):
         noise_std: standard deviation of the noise, > 0, in the units of y: the mean of |F u|^2 is that of u^2 / oversampling^2.
 
     Raises:
-        ValueError: a shape that is no image's, another kind, an oversampling below 1, noise_std <= 0.
+        ValueError: a shape that is not (C, H, W), another kind, an oversampling below 1, noise_std <= 0.
     """
 
     def __init__(self, shape, kind: str = "amplitude", oversampling: float = 2.0, noise_std: float = 0.02):
-        if len(shape) != 3:
-            raise ValueError(f"shape must be that of an image, (C, H, W), got {tuple(shape)}")
+        shape = image_shape(shape)
         if not 1 <= oversampling < math.inf:
             raise ValueError(f"oversampling must be finite and at least 1, got {oversampling!r}")
         self.kind = check_choice("kind", kind, ("amplitude", "intensity"))

@@ -30,10 +30,10 @@ def sure(classifier, x):
 
 
 def test_draws_are_digits(prior, classifier, draws):
-    """Sure of most draws of at least seven classes; of noise of the same mean and variance it is not."""
+    """Sure of 81 % of 500 draws, so of 57 % of 32 but for 3.4 standard errors; of noise of the same mean and variance it is not."""
     assert prior.shape == draws.shape[1:] == (1, 28, 28)
     assert torch.isfinite(draws).all()
-    assert sure(classifier, draws) > 0.5
+    assert sure(classifier, draws) > 0.57
     assert len(classifier(draws.clamp(-1, 1)).argmax(1).unique()) >= 7
     noise = draws.mean() + draws.std() * torch.randn(draws.shape, generator=torch.Generator().manual_seed(1))
     assert sure(classifier, noise) < 0.2
