@@ -1,8 +1,9 @@
-"""Concrete priors: a diffusers model, an exact Gaussian and an exact mixture of them, and shipped weights."""
+"""Concrete priors: a diffusers model, an exact Gaussian, an exact mixture of them, any generator x = f(z); and shipped weights."""
 
 from priors.diffusers_prior import DiffusersPrior
 from priors.digits_data import DigitsData, digits, held_out_digits
 from priors.gaussian import GaussianPrior
+from priors.generator import GeneratorPrior
 from priors.mixture import GaussianMixture, GaussianMixturePrior
 from priors.mnist_classifier import MNISTClassifier
 from priors.mnist_data import MNISTData, mnist
@@ -13,6 +14,7 @@ __all__ = [
     "GaussianMixture",
     "GaussianMixturePrior",
     "GaussianPrior",
+    "GeneratorPrior",
     "MNISTClassifier",
     "MNISTData",
     "digits",

@@ -1,0 +1,99 @@
+r"""Any generator x = f(z) of Gaussian noise as the prior: a VAE's decoder, a GAN, a flow.
+
+The chain is that of z ~ N(0, I), which is exact: x_t ~ N(0, (alpha_t^2 + sigma_t^2) I), with the mean and the variance
+
+    E[z | x_t] = alpha_t x_t / (alpha_t^2 + sigma_t^2),      Var[z | x_t] = sigma_t^2 / (alpha_t^2 + sigma_t^2).
+
+With `decode = f` a posterior in z is one in x ("outsourced diffusion sampling",
+Venkatraman et al. 2025, arXiv 2502.06999); nothing else differs from a prior of x itself.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from priors.mixture import default_schedule
+from rtb_inverse.chains import Prior
+from rtb_inverse.checks import check_count
+from rtb_inverse.schedules import Schedule, expand
+
+
+class GeneratorPrior(Prior):
+    """x = f(z), z ~ N(0, I), as an exact chain in z.
+
+    Args:
+        generator: f, from (M, *shape) to (M, *data_shape); any callable on batches. A module is frozen, and in eval mode for ever.
+        shape: of one z.
+        schedule: by default that of `GaussianMixturePrior`.
+        steps: K.
+        dtype, device: of z; by default those of a module's parameters.
+
+    The generator is code: give it again where a saved posterior is loaded, `Posterior.from_pretrained(folder, prior=prior)`.
+
+    Raises:
+        TypeError: a generator that cannot be called, or returns no tensor.
+        ValueError: a generator that does not take z of that shape, drops the batch, or returns values that are not finite.
+    """
+
+    exact_reversal = True
+    anchor: Tensor
+
+    def __init__(
+        self, generator: Callable[[Tensor], Tensor], shape, schedule: Schedule | None = None, steps: int = 40,
+        dtype: torch.dtype | None = None, device: torch.device | str | None = None,
+    ):  # fmt: skip
+        if not callable(generator):
+            raise TypeError(f"generator must be callable, got {type(generator).__name__}")
+        shape = (check_count("shape", shape),) if isinstance(shape, int) else tuple(check_count("shape", n) for n in shape)
+        super().__init__(shape, default_schedule() if schedule is None else schedule, steps, min_std=1e-6)
+        if isinstance(generator, nn.Module):
+            generator.requires_grad_(False).eval()
+        own = next((p for p in generator.parameters() if p.is_floating_point()), None) if isinstance(generator, nn.Module) else None
+        like = torch.zeros(()) if own is None else own
+        self.generator = generator
+        self.register_buffer("anchor", torch.zeros((), dtype=dtype or like.dtype, device=device or like.device), persistent=False)
+        self._data_shape = self._probe()
+
+    def _options(self):
+        return {"device": self.anchor.device, "dtype": self.anchor.dtype}
+
+    @torch.no_grad()
+    def _probe(self) -> torch.Size:
+        """The shape of one x."""
+        z = torch.zeros((2, *self.shape), **self._options())
+        try:
+            x = self.generator(z)
+        except RuntimeError as error:
+            raise ValueError(f"generator must take z of shape (M, {', '.join(map(str, self.shape))}), got an error: {error}") from error
+        if not isinstance(x, Tensor):
+            raise TypeError(f"generator must return a tensor (M, *data_shape), got {type(x).__name__}")
+        if x.ndim < 2 or len(x) != 2:
+            raise ValueError(f"generator must keep the batch, (M, *data_shape) for M z's, got {tuple(x.shape)} for 2 of them")
+        if not torch.isfinite(x).all():
+            raise ValueError("generator must return finite values, got some that are not at z = 0")
+        return x.shape[1:]
+
+    def train(self, mode: bool = True) -> "GeneratorPrior":
+        return super().train(False)
+
+    @property
+    def data_shape(self):
+        return self._data_shape
+
+    def decode(self, x_0):
+        x = self.generator(x_0.reshape(-1, *self.shape))
+        return x.reshape(*x_0.shape[: x_0.ndim - len(self.shape)], *self._data_shape)
+
+    def sample(self, n, generator=None, progress=False):
+        """n draws of z (n, *shape), without the chain; `decode` makes x of them."""
+        return torch.randn((n, *self.shape), generator=generator, **self._options())
+
+    def denoise(self, x_t, t):
+        alpha, sigma = self.schedule.alpha_sigma(t.to(x_t.device))
+        return expand(alpha / (alpha**2 + sigma**2), x_t) * x_t
+
+    def denoiser_error(self, t):
+        alpha, sigma = self.schedule.alpha_sigma(t.to(self.anchor.device))
+        left = sigma**2 / (alpha**2 + sigma**2)
+        return left.reshape(*t.shape, *(1,) * len(self.shape)).expand(*t.shape, *self.shape)
