@@ -215,16 +215,22 @@ class CovarianceGuidance(AffineGuide):
         times, which = at.unique(return_inverse=True)
         known = [self.gain(time) for time in times]
         gains, shrinks = [gain.to(x_0.device, x_0.dtype) for gain, _ in known], [shrink for _, shrink in known]
-        delta, rows = x_0.new_empty((*residual.shape[:-1], self.matrix.shape[1])), which.expand(residual.shape[:-1])
-        for i, gain in enumerate(gains):  # one matrix product for all states of one time
-            if len(gains) == 1:
-                delta = residual @ gain.T
-            else:
-                delta[rows == i] = residual[rows == i] @ gain.T
+        delta = product_by_time(residual, gains, which.expand(residual.shape[:-1]))
         shrink = torch.stack(shrinks).to(x_0.device)[which]
         if self.basis is not None:
             return Update(delta.reshape(x_0.shape), shrink, self.basis.to(x_0.device, x_0.dtype))
         return Update(delta.reshape(x_0.shape), shrink.reshape(*at.shape, *x_0.shape[x_0.ndim - self.event_dim :]))
+
+
+def product_by_time(states: Tensor, matrices: list[Tensor], which: Tensor) -> Tensor:
+    """Each state (*batch, d) times the matrix (e, d) of its time, `which` (*batch) of them: (*batch, e). One product for all states of one
+    time."""
+    if len(matrices) == 1:
+        return states @ matrices[0].T
+    out = states.new_empty((*states.shape[:-1], len(matrices[0])))
+    for i, matrix in enumerate(matrices):
+        out[which == i] = states[which == i] @ matrix.T
+    return out
 
 
 class LocalGuidance(AffineGuide):
@@ -301,7 +307,8 @@ class GradientGuidance(Guide):
         (r^-2 + J^T C^-1 J) delta = J^T C^-1 (y - m),      m = E[y | A(x0hat)],  C = Var[y | A(x0hat)],  J = dm/dx,
 
     with products by J and J^T only: for Gaussian noise m = A(x0hat) and C = sigma^2, for another one the Gaussian of its mean and its
-    variance at the estimate. One step is the gradient with the best step size of the linearised problem.
+    variance at the estimate. One step is the gradient with the best step size of the linearised problem. Where the covariance C_t of the
+    denoiser's error is known, it stands in place of r^2 I.
 
     Where m is not affine or C not fixed, delta is clipped softly to a root mean square of `clip` times the denoiser's error, and m is
     linearised `rounds` times, each time where the last delta led (Gauss-Newton: J, m and C at x0hat + delta, and J delta added to y - m).
@@ -312,19 +319,48 @@ class GradientGuidance(Guide):
 
     def __init__(
         self, problem: InverseProblem, operator: Callable[[Tensor], Tensor], iterations: int, clip: float | None = 3.0,
-        event_dim: int | None = None, rounds: int = 1,
+        event_dim: int | None = None, rounds: int = 1, covariance: Callable[[Tensor], Tensor] | None = None,
     ):  # fmt: skip
         super().__init__()
+        self.covariance = covariance
+        self._roots: dict[float, Tensor] = {}
         self.operator, self.iterations, self.clip, self.rounds = operator, iterations, clip, rounds
         self.event_dim = len(problem.shape) if event_dim is None else event_dim
         self.noise = problem.noise
 
+    def at(self, x_t, t):
+        return t if self.covariance is not None else None
+
+    def root(self, t: Tensor) -> Tensor:
+        """B (d, d) with B B^T = C_t at one time. Kept: a grid has few times."""
+        if float(t) not in self._roots:
+            eigenvalues, vectors = torch.linalg.eigh(self.covariance(t))  # type: ignore[misc]  # asked only where it is known
+            self._roots[float(t)] = vectors * eigenvalues.clamp_min(0).sqrt()
+        return self._roots[float(t)]
+
+    def roots(self, error: Tensor, at: Tensor | None, x: Tensor) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+        """Products with B and B^T for states x (M, *event): B = r element by element where no covariance is known."""
+        if self.covariance is None:
+            r = error.sqrt().to(x.dtype).reshape(x.shape)
+            return (lambda u: r * u), (lambda v: r * v)
+        times, which = at.unique(return_inverse=True)
+        matrices = [self.root(time).to(x) for time in times]
+
+        def product(u: Tensor, matrices: list[Tensor]) -> Tensor:
+            return product_by_time(u.flatten(1), matrices, which).reshape(u.shape)
+
+        return (lambda u: product(u, matrices)), (lambda v: product(v, [matrix.T for matrix in matrices]))
+
     def forward(self, x_0, y, error, at=None):
-        """`at`: by what the noise of each observation is multiplied, (B,); None: by nothing."""
+        """`at`: by what the noise of each observation is multiplied, (B,), None: by nothing; where a covariance is known, the times t,
+        broadcastable to the batch."""
         shape = x_0.shape
         batch, event = shape[: x_0.ndim - self.event_dim], shape[x_0.ndim - self.event_dim :]
-        r = error.sqrt().to(x_0.dtype).expand(shape).reshape(-1, *event)
-        level = 1.0 if at is None else at.to(x_0.dtype).expand(batch).reshape(-1, *(1,) * (y.ndim - 1))
+        known, level = self.covariance is not None, 1.0
+        if known:
+            at = at.expand(batch).reshape(-1)
+        elif at is not None:
+            level = at.to(x_0.dtype).expand(batch).reshape(-1, *(1,) * (y.ndim - 1))
         y = y.expand(*batch, *y.shape[1:]).reshape(-1, *y.shape[1:])
 
         def misfit(x):
@@ -332,6 +368,8 @@ class GradientGuidance(Guide):
             return self.noise.whiten(clean.detach(), self.noise.mean(clean) - y) / level
 
         x, delta = x_0.reshape(-1, *event), None
+        error = error.expand(shape).reshape(-1, *event)
+        root, root_t = self.roots(error, at, x)
         for _ in range(self.rounds):
             value, pull = torch.func.vjp(misfit, x if delta is None else x + delta)  # type: ignore[misc]  # three only with has_aux
 
@@ -339,11 +377,11 @@ class GradientGuidance(Guide):
                 return torch.func.vjp(lambda u: pull(u)[0], torch.zeros_like(value))[1](v)[0]  # type: ignore[misc]
 
             def matrix(v, push=push, pull=pull):
-                return v + r * pull(push(r * v))[0]
+                return v + root_t(pull(push(root(v)))[0])
 
             residual = -value if delta is None else push(delta) - value
-            delta = r * conjugate_gradients(matrix, r * pull(residual)[0], self.iterations)
-            delta = clipped(delta, r**2, self.clip, self.event_dim)
+            delta = root(conjugate_gradients(matrix, root_t(pull(residual)[0]), self.iterations))
+            delta = clipped(delta, error, self.clip, self.event_dim)
         return Update(delta.reshape(shape))
 
 
@@ -425,8 +463,10 @@ def guidance(problem: InverseProblem, decode: Callable[[Tensor], Tensor] | None 
 
 def covariance_guidance(problem: InverseProblem, prior: Prior, beta: float) -> Guide | None:
     """Where the operator is affine and small and the prior knows the covariance of its error, at each state or on average; else None."""
-    if prior.decodes or not isinstance(problem.noise, GaussianNoise) or not problem.linear:
+    if prior.decodes or not isinstance(problem.noise, Noise):
         return None
+    if not isinstance(problem.noise, GaussianNoise) or not problem.linear:
+        return curved_guidance(problem, prior, beta)
     size = problem.shape.numel() * problem.y_shape.numel()
     if size <= COVARIANCE_LIMIT and prior.gaussian_covariance() is not None:
         return GaussianGuidance(problem, prior, beta)
@@ -435,3 +475,16 @@ def covariance_guidance(problem: InverseProblem, prior: Prior, beta: float) -> G
     if size > COVARIANCE_LIMIT or prior.denoiser_covariance(prior.times[0]) is None:
         return None
     return CovarianceGuidance(problem, prior.denoiser_covariance, beta)
+
+
+def curved_guidance(problem: InverseProblem, prior: Prior, beta: float) -> Guide | None:
+    """`GradientGuidance` by the average covariance of the prior's error, where the prior knows it and no better guide is at hand."""
+    if prior.exact_reversal or problem.smoothed is not None or not problem.differentiable or isinstance(problem, NoiseRange):
+        return None
+    if prior.shape.numel() ** 2 > COVARIANCE_LIMIT or prior.denoiser_covariance(prior.times[0]) is None:
+        return None
+
+    def covariance(t: Tensor) -> Tensor:
+        return beta * prior.denoiser_covariance(t)
+
+    return GradientGuidance(problem, problem, iterations=5, rounds=1 if problem.linear else 2, covariance=covariance)

@@ -5,9 +5,9 @@ import torch
 
 import rtb_inverse.denoiser_error
 import rtb_inverse.guidance
-from rtb_inverse import GaussianNoise, InverseProblem
+from rtb_inverse import GaussianNoise, InverseProblem, PoissonNoise
 from rtb_inverse.denoiser_error import DenoiserError, leading_correlations
-from rtb_inverse.guidance import CovarianceGuidance, covariance_guidance
+from rtb_inverse.guidance import CovarianceGuidance, GradientGuidance, covariance_guidance
 from rtb_inverse.schedules import VarianceExploding
 
 D = torch.float64
@@ -136,6 +136,23 @@ def test_covariance_guidance_is_the_textbook(kind, beta, generator):
             torch.testing.assert_close(update.shrink[i, 0] * C.diagonal().mean(), (V.T @ left @ V).diagonal())
 
 
+def test_gradient_guidance_by_a_covariance_is_the_textbook(generator):
+    """Conjugate gradients to the end on an affine operator, at states of several times at once, and with beta in the covariance."""
+    d, times, beta = 4, torch.tensor([0.2, 0.7], dtype=D), 3.0
+    covariances = {float(t): correlated(generator, d)[0] + 0.1 * torch.eye(d, dtype=D) for t in times}
+    A = torch.randn((2, d), generator=generator, dtype=D)
+    problem = InverseProblem(A, GaussianNoise(torch.tensor([0.3, 0.5], dtype=D)), (d,))
+    textbook = CovarianceGuidance(problem, lambda t: covariances[float(t)], beta)
+    options = {"iterations": 40, "clip": None, "covariance": lambda t: beta * covariances[float(t)]}
+    guide = GradientGuidance(problem, problem, **options)
+    x_0, y = torch.randn((6, 3, d), generator=generator, dtype=D), torch.randn((3, 2), generator=generator, dtype=D)
+    t = times[torch.tensor([0, 1, 1, 0, 1, 0])][:, None]
+    error = torch.ones((6, 1, d), dtype=D)
+    torch.testing.assert_close(guide(x_0, y, error, guide.at(x_0, t)).delta, textbook(x_0, y, None, t).delta)
+    alone = guide(x_0[2], y, error[2], guide.at(x_0[2], t[2, 0]))
+    torch.testing.assert_close(alone.delta, textbook(x_0[2], y, None, t[2, 0]).delta)
+
+
 def test_covariance_guidance_only_where_it_is_small_and_known(make_prior, monkeypatch):
     prior, measured = make_prior("unet2d", measured=False), make_prior("unet2d")
     flat, noise = torch.nn.Flatten(), GaussianNoise(0.1)
@@ -144,9 +161,14 @@ def test_covariance_guidance_only_where_it_is_small_and_known(make_prior, monkey
         return covariance_guidance(InverseProblem(operator, noise, prior.shape), prior, 1.0)
 
     assert isinstance(guide(measured, flat), CovarianceGuidance)
-    assert guide(prior, flat) is None and guide(measured, torch.square) is None
+    assert guide(prior, flat) is None and guide(prior, torch.square) is None
+    curved = guide(measured, torch.square)
+    assert isinstance(curved, GradientGuidance) and curved.covariance is not None and (curved.rounds, curved.clip) == (2, 3.0)
+    assert guide(measured, lambda x: x.detach() ** 2) is None  # no gradient
+    counts = covariance_guidance(InverseProblem(lambda x: x.exp(), PoissonNoise(), prior.shape), measured, 1.0)
+    assert isinstance(counts, GradientGuidance) and counts.covariance is not None
     monkeypatch.setattr(rtb_inverse.guidance, "COVARIANCE_LIMIT", 63 * 64)
-    assert guide(measured, flat) is None
+    assert guide(measured, flat) is None and guide(measured, torch.square) is None
 
 
 def test_an_element_that_never_varies_is_left_alone(generator):
