@@ -1,0 +1,209 @@
+"""Posteriors on the MNIST prior: the guided start, and what training makes of it, beside DPS and the prior with importance weights:
+
+    python benchmarks/mnist_posteriors.py [--tasks "inpainting, box" ...] [--steps 0] [--prior priors/mnist] [--output FOLDER]
+
+Observations simulated from the prior, the same for all rows. Per row:
+
+    log-likelihood      of the draws, in the mean; that of the truth is in the title
+    ELBO, EUBO, log Z   bounds of the log evidence (log Z: by importance weights, SMC, or prior draws weighted by their likelihood)
+    PSNR, CRPS          of the mean of the draws, which grows with their number, and of the draws one by one, which does not
+    spread              root mean square of the pixels' standard deviation over the draws
+    coverage            of the pixel-wise intervals whose level is in brackets
+    draws per second    of one thread
+
+For the problems of `MODES` the classes of draws are counted (by the shipped classifier) beside those of a long run: SMC with many
+particles, on the observations whose draws are the least sure. Distances between class shares are total variations, beside that of as many
+draws of the long run itself (their floor). Two processes of one thread; writes mnist_posteriors.md and a panel for each task.
+"""
+
+import argparse
+import functools
+import json
+import logging
+import math
+import time
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from priors import DiffusersPrior, MNISTClassifier
+from rtb_inverse import InverseProblem, Posterior, evaluate, fit, simulate_observations, smc
+from rtb_inverse.baselines import dps
+from rtb_inverse.diagnostics import Estimate, crps, interval_coverage, interval_level, psnr
+from rtb_inverse.evaluation import Observations
+from rtb_inverse.particles import Particles
+from tasks.gallery import EXAMPLES
+
+TASKS = ("inpainting, box", "inpainting, half", "deblurring, Gaussian", "deblurring, saturating", "super-resolution, ×4", "phase retrieval")
+MODES = ("inpainting, half", "phase retrieval")
+OBSERVATIONS, DRAWS, BANK, LONG, BUDGET, UNSURE = 8, 16, 1024, 256, 4, 2  # BANK: draws of the prior; BUDGET: of SMC, in multiples of K
+TRAINING = {
+    "states": 64,
+    "observations": 4,
+    "draws": 4,
+    "step_fraction": 0.25,
+    "warm_start": 0.95,
+    "lr": 5e-4,
+    "pool": 1024,
+    "pool_start": 1024,
+}
+PLAIN = str.maketrans({" ": "_", ",": None, "×": "x"})
+ZETAS = (0.1, 0.3, 1.0, 3.0)
+COLUMNS = ("log-likelihood", "ELBO", "log Z", "EUBO", "PSNR", "CRPS", "spread", "coverage", "draws per second", "draws")
+
+
+def numbers(held: Observations, draws: Particles, seconds: float, log_likelihood: Tensor) -> dict[str, Any]:
+    """What any draws can be asked."""
+    n, level = len(draws.x), interval_level(len(draws.x), 0.9)
+    return {
+        "log-likelihood": Estimate.of(log_likelihood.mean(0)),
+        "PSNR": Estimate.of(psnr(draws.x.mean(0), held.x)),
+        "CRPS": Estimate.of(crps(draws.x, held.x)),
+        "spread": f"{float(draws.x.var(0).mean().sqrt()):.3f}",
+        "coverage": f"{interval_coverage(draws.x, held.x, 0.9).mean():.3f} ({level:.3f})",
+        "draws per second": f"{n * draws.x.shape[1] / seconds:.2g}",
+        "draws": n,
+    }
+
+
+def timed(work) -> tuple[Any, float]:
+    start = time.process_time()
+    return work(), time.process_time() - start
+
+
+@functools.cache
+def prior_draws(folder: str) -> tuple[Tensor, float]:
+    """The same for all tasks; and the CPU seconds that they took."""
+    return timed(lambda: DiffusersPrior.from_pretrained(folder).sample(BANK, Generator().manual_seed(1)))
+
+
+def held_out(posterior: Posterior) -> Observations:
+    """Four observations to tune rivals on."""
+    return simulate_observations(posterior, 4, Generator().manual_seed(999))
+
+
+def tuned_dps(prior: DiffusersPrior, problem: InverseProblem, held: Observations) -> float:
+    """The zeta, of four, with the best CRPS of few draws."""
+    scores = []
+    for zeta in ZETAS:
+        try:
+            draws = dps(prior, problem, held.y, 2 if prior.steps > 60 else 4, Generator().manual_seed(0), zeta=zeta)
+            scores.append(float(crps(draws.x, held.x).mean()))
+        except ValueError:  # states that left the finite numbers
+            scores.append(math.inf)
+    return ZETAS[scores.index(min(scores))]
+
+
+def class_shares(classifier: MNISTClassifier, x: Tensor) -> Tensor:
+    """Of x (N, B, 1, 28, 28): (B, 10)."""
+    classes = classifier(x.flatten(0, 1).clamp(-1, 1)).argmax(1).reshape(x.shape[:2])
+    return torch.nn.functional.one_hot(classes, 10).double().mean(0)
+
+
+def modes(posterior: Posterior, held: Observations, draws: dict[str, Tensor]) -> list[str]:
+    """Class shares of draws, and of a long run, on the observations whose own draws (the first) are least sure of their class."""
+    classifier = MNISTClassifier.from_pretrained("priors/mnist_classifier")
+    shares = {name: class_shares(classifier, x) for name, x in draws.items()}
+    first = next(iter(shares.values()))
+    unsure = (-(first * first.clamp_min(1e-9).log()).sum(1)).argsort(descending=True)[:UNSURE]
+    run = smc(posterior, held.y[unsure], LONG, Generator().manual_seed(3))
+    long = run.resample(LONG, Generator().manual_seed(4)).x
+    truth = class_shares(classifier, long)
+    few = [class_shares(classifier, long[torch.randint(LONG, (DRAWS,), generator=Generator().manual_seed(i))]) for i in range(20)]
+    lines = ["", f"Class shares, % of 0 to 9, on the {UNSURE} least sure observations; long run: SMC with {LONG} particles.", ""]
+    lines += [
+        "| draws | " + " | ".join(f"observation {int(b) + 1}" for b in unsure) + " | distance to the long run |",
+        "|---" * (UNSURE + 2) + "|",
+    ]
+
+    def line(name: str, found: Tensor, away: Tensor) -> str:
+        cells = [" ".join(f"{100 * share:.0f}" for share in row) for row in found]
+        return f"| {name} | {' | '.join(cells)} | {away.abs().sum(-1).mean() / 2:.2f} |"
+
+    lines.append(line(f"long run; the floor: {DRAWS} of it", truth, torch.stack(few) - truth))
+    lines += [line(name, found[unsure], found[unsure] - truth) for name, found in shares.items()]
+    return lines
+
+
+@torch.no_grad()
+def compare(task: str, args: argparse.Namespace) -> str:
+    """One task: its rows as Markdown; its panel is written."""
+    torch.set_num_threads(1)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    prior = DiffusersPrior.from_pretrained(args.prior)
+    posterior = Posterior(prior, EXAMPLES[task](prior.shape))
+    problem, rows = posterior.problem, {}
+    held = simulate_observations(posterior, OBSERVATIONS, Generator().manual_seed(12345))
+
+    def add(name: str, draws: Particles, seconds: float, **further) -> None:
+        rows[name] = numbers(held, draws, seconds, problem.log_likelihood(draws.x, held.y)) | further
+
+    bank, seconds = prior_draws(args.prior)
+    weights = problem.log_likelihood(bank[:, None].expand(-1, OBSERVATIONS, *bank.shape[1:]), held.y)
+    weighted = Particles(bank[:, None].expand(-1, OBSERVATIONS, *bank.shape[1:]), weights)
+    add("prior, importance", weighted.resample(DRAWS, Generator().manual_seed(2)), seconds, **{"log Z": Estimate.of(weighted.log_z)})
+
+    def judge(name: str) -> Particles:
+        report = evaluate(posterior, held, DRAWS, Generator().manual_seed(54321))
+        _, seconds = timed(lambda: posterior.sample(held.y[:4], 8, Generator().manual_seed(0)))
+        bounds = {"ELBO": report.numbers["elbo"], "log Z": report.numbers["log_z_is"], "EUBO": report.numbers["eubo"]}
+        add(name, report.draws, seconds * DRAWS * OBSERVATIONS / 32, **bounds)
+        report.save_panel(args.output / f"mnist_{task.translate(PLAIN)}.png", rows=4, columns=10)
+        return report.draws
+
+    ours, training = judge("ours, untrained"), 0.0
+    if args.steps:
+        with torch.enable_grad():
+            options = TRAINING | json.loads(args.options)
+            _, training = timed(lambda: fit(posterior, args.steps, 0, progress=False, bounds=0, **options))
+        ours = judge("ours, trained")
+    corrected, seconds = timed(lambda: smc(posterior, held.y, DRAWS // 2, Generator().manual_seed(0), budget=BUDGET * prior.steps))
+    add(f"ours, SMC at {BUDGET} K", corrected, seconds, **{"log Z": Estimate.of(corrected.log_z)})
+    zetas, rivals = [], {}
+    for multiple, n in ((1, DRAWS), (BUDGET, DRAWS // 4)):
+        fine = DiffusersPrior.from_pretrained(args.prior, steps=multiple * prior.steps)
+        zetas.append(tuned_dps(fine, problem, held_out(posterior)))
+        run = functools.partial(dps, fine, problem, held.y, n, Generator().manual_seed(0), zeta=zetas[-1])
+        rivals[f"DPS, {fine.steps} steps"], seconds = timed(run)
+        add(f"DPS, {fine.steps} steps", rivals[f"DPS, {fine.steps} steps"], seconds)
+    title = f"### {task}\n\nLog-likelihood of the truth {Estimate.of(problem.log_likelihood(held.x, held.y))}; "
+    title += f"{args.steps} steps of training, {training:.0f} CPU s; " if args.steps else ""
+    title += f"DPS with zeta {' and '.join(f'{z:g}' for z in zetas)}.\n"
+    lines = [title, *table(rows)]
+    if task in MODES:
+        lines += modes(posterior, held, {"ours": ours.x} | {name: draws.x for name, draws in rivals.items()})
+    return "\n".join(lines)
+
+
+def table(rows: dict[str, dict[str, Any]]) -> list[str]:
+    lines = ["| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    return lines + [f"| {name} | {' | '.join(str(row.get(column, '')) for column in COLUMNS)} |" for name, row in rows.items()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--steps", type=int, default=0, help="of each training; 0: the guided start only")
+    parser.add_argument("--options", default="{}", help="JSON of further training options")
+    parser.add_argument("--prior", default="priors/mnist")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--processes", type=int, default=2)
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    file, found = args.output / "mnist_posteriors.md", {}
+    with ProcessPoolExecutor(args.processes, mp_context=get_context("spawn")) as pool:
+        jobs = {pool.submit(compare, task, args): task for task in args.tasks}
+        for job, task in jobs.items():
+            found[task] = job.result()
+            file.write_text("\n\n".join(found.values()) + "\n")
+            print(found[task], flush=True)
+
+
+if __name__ == "__main__":
+    main()
