@@ -1,9 +1,10 @@
-"""Concrete priors: a diffusers model, an exact Gaussian, an exact mixture of them, any generator x = f(z); and shipped weights."""
+"""Concrete priors: diffusers models of pixels or latents, exact Gaussians and mixtures of them, generators x = f(z); shipped weights."""
 
 from priors.diffusers_prior import DiffusersPrior
 from priors.digits_data import DigitsData, digits, held_out_digits
 from priors.gaussian import GaussianPrior
 from priors.generator import GeneratorPrior
+from priors.latent import LatentPrior
 from priors.mixture import GaussianMixture, GaussianMixturePrior
 from priors.mnist_classifier import MNISTClassifier
 from priors.mnist_data import MNISTData, mnist
@@ -15,6 +16,7 @@ __all__ = [
     "GaussianMixturePrior",
     "GaussianPrior",
     "GeneratorPrior",
+    "LatentPrior",
     "MNISTClassifier",
     "MNISTData",
     "digits",

@@ -64,7 +64,12 @@ class DiffusersPrior(Prior):
         Raises:
             FileNotFoundError: a missing folder or file. ValueError: truncated weights, pickled weights, an unknown model or scheduler.
         """
-        folder = resolve_folder(folder_or_hub_id)
+        given = {"steps": steps, "eta": eta, "variance": variance, "min_std": min_std}
+        return cls(**cls._read(resolve_folder(folder_or_hub_id)) | {name: value for name, value in given.items() if value is not None})
+
+    @classmethod
+    def _read(cls, folder: Path) -> dict[str, Any]:
+        """The constructor's arguments, from a folder."""
         network_folder = folder / "unet" if (folder / "unet").is_dir() else folder
         scheduler_folder = folder / "scheduler" if (folder / "scheduler").is_dir() else folder
         config_file = scheduler_folder / "scheduler_config.json"
@@ -78,9 +83,7 @@ class DiffusersPrior(Prior):
         if tables and not {"times", "variance"} <= set(tables) <= {"times", "variance", "factor_times", "factor"}:
             raise ValueError(f"{folder / ERROR_FILE} must hold times and variance, perhaps factor_times and factor, got {sorted(tables)}")
         options = read_json(folder / "prior_config.json") if (folder / "prior_config.json").is_file() else {}
-        given = {"steps": steps, "eta": eta, "variance": variance, "min_std": min_std}
-        options |= {name: value for name, value in given.items() if value is not None}
-        return cls(network, schedule, error=DenoiserError(**tables) if tables else None, **options)
+        return {"network": network, "schedule": schedule, "error": DenoiserError(**tables) if tables else None, **options}
 
     def train(self, mode: bool = True) -> "DiffusersPrior":
         return super().train(False)

@@ -98,11 +98,29 @@ class ConditionalUNet(nn.Module):
         axis = -len(prior.shape)
         gate, alpha, r2 = self.input_gate[prior.step_index(t)], prior.schedule.alpha_sigma(t)[0], gaussian_error(prior, t)
         moved = x_t + expand(gate * alpha, x_t) * r2.sqrt().to(x_t.dtype) * move
+        condition = on_grid(condition, prior.shape[1:])
         seen = torch.cat([moved, condition.to(x_t.dtype).expand(*x_t.shape[:axis], *condition.shape[1:]), move], axis)
         predict: Any = prior.predict
         output = predict(self.network, seen, t)
         output, log_scale = output.split(self.channels, axis) if self.two_dimensional else (output, 0.0)
         return prior.schedule.to_x_0(output, x_t, t), log_scale
+
+
+def on_grid(condition: Tensor, spatial: torch.Size) -> Tensor:
+    """(B, C, *spatial) as it is; of a grid n times finer along an axis, blocks of n positions become channels: (B, n C, *spatial). So the
+    network of a latent chain sees all of what is known on the grid of the pixels.
+
+    Raises:
+        ValueError: a grid that is no multiple.
+    """
+    was = condition.shape[2:]
+    if was == spatial:
+        return condition
+    if len(was) != len(spatial) or any(fine % coarse for fine, coarse in zip(was, spatial, strict=True)):
+        raise ValueError(f"condition must lie on x's grid {tuple(spatial)} or a multiple of it, got {tuple(was)}")
+    for axis, coarse in enumerate(spatial, 2):
+        condition = condition.unflatten(axis, (coarse, -1)).movedim(axis + 1, 2).flatten(1, 2)
+    return condition
 
 
 def gaussian_error(prior: Prior, t: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from rtb_inverse import checkpoints
 from rtb_inverse.chains import Chain, Prior, rollout
 from rtb_inverse.checks import check_choice, check_count, check_positive
 from rtb_inverse.guidance import Guide, Update, covariance_guidance, guidance
-from rtb_inverse.networks import ConditionalUNet, LogZ, ResidualMLP, gaussian_error
+from rtb_inverse.networks import ConditionalUNet, LogZ, ResidualMLP, gaussian_error, on_grid
 from rtb_inverse.particles import Particles
 from rtb_inverse.problems import InverseProblem, Reward
 from rtb_inverse.references import References
@@ -96,7 +96,8 @@ class Posterior(Chain):
 
     def _network(self, condition: Tensor | None) -> nn.Module:
         if getattr(self.prior, "network", None) is not None:
-            return ConditionalUNet(self.prior, 0 if condition is None else condition.shape[1], self.lora_rank)
+            channels = 0 if condition is None else on_grid(condition, self.shape[1:]).shape[1]
+            return ConditionalUNet(self.prior, channels, self.lora_rank)
         generator = torch.Generator(self.gate.device).manual_seed(0)
         x = self.prior.sample(512, generator)
         y = torch.zeros((512, 0), **self.prior._options())

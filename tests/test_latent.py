@@ -1,0 +1,123 @@
+"""Latent diffusion: a tiny network in the latents of a tiny autoencoder, both with random weights."""
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DModel, VQModel
+from einops import rearrange
+
+from priors import LatentPrior
+from rtb_inverse import Posterior, evaluate, fit, path_log_prob, rollout, simulate_observations
+from rtb_inverse.networks import on_grid
+from tasks import Inpainting
+
+FLOAT32 = {"rtol": 1e-3, "atol": 1e-3}  # convolutions of batches of other sizes
+BLOCKS = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2, "block_out_channels": (4, 8)}
+COMMON = BLOCKS | {"in_channels": 1, "out_channels": 1, "latent_channels": 2, "norm_num_groups": 4}
+
+
+def autoencoder(kind="kl", **options):
+    torch.manual_seed(0)
+    model = AutoencoderKL(**COMMON, **options) if kind == "kl" else VQModel(**COMMON, num_vq_embeddings=16, **options)
+    with torch.no_grad():  # so that what it decodes is far from constant
+        model.decoder.conv_out.weight.mul_(10)
+    return model
+
+
+def unet(channels=2):
+    torch.manual_seed(1)
+    return UNet2DModel(
+        sample_size=4, in_channels=channels, out_channels=channels, block_out_channels=(8,), down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",), layers_per_block=1, norm_num_groups=4,
+    )  # fmt: skip
+
+
+def latent_prior(kind="kl", **options):
+    return LatentPrior(unet(), DDPMScheduler(), autoencoder(kind, scaling_factor=0.5), steps=3, **options)
+
+
+@pytest.fixture(params=["kl", "vq"])
+def prior(request):
+    return latent_prior(request.param)
+
+
+def test_x_is_the_decoded_rescaled_latent(prior, generator):
+    z = torch.randn((3, 2, 2, 4, 4), generator=generator)
+    assert prior.decodes and prior.shape == (2, 4, 4) and prior.data_shape == (1, 8, 8)
+    x = prior.decode(z)
+    torch.testing.assert_close(x[2, 1], prior.autoencoder.decode(z[2, 1][None] / 0.5).sample[0], **FLOAT32)
+    prior.chunk_size = 1
+    torch.testing.assert_close(prior.decode(z), x, **FLOAT32)
+    assert not any(p.requires_grad for p in prior.parameters()) and not prior.train().autoencoder.training
+
+
+def test_latents_of_images_have_the_chains_scale(prior, generator):
+    x = torch.randn((3, 1, 8, 8), generator=generator)
+    code = prior.autoencoder.encode(x)
+    expected = code.latents if hasattr(code, "latents") else code.latent_dist.mean
+    torch.testing.assert_close(prior.encode(x), 0.5 * expected)
+
+
+def test_a_shift_is_undone(generator):
+    prior = LatentPrior(unet(), DDPMScheduler(), autoencoder(scaling_factor=0.5, shift_factor=0.3), steps=3)
+    z = torch.randn((2, 2, 4, 4), generator=generator)
+    torch.testing.assert_close(prior.decode(z), prior.autoencoder.decode(z / 0.5 + 0.3).sample)
+    x = torch.randn((2, 1, 8, 8), generator=generator)
+    torch.testing.assert_close(prior.encode(x) / 0.5 + 0.3, prior.autoencoder.encode(x).latent_dist.mean)
+
+
+def test_a_posterior_in_latents_for_a_likelihood_of_pixels(prior, generator):
+    posterior = Posterior(prior, Inpainting(prior.data_shape, "half", noise_std=0.2))
+    assert posterior.start == "guided" and posterior.shape == (2, 4, 4)
+    held = simulate_observations(posterior, 4, generator)
+    assert held.x.shape == (4, 1, 8, 8)
+    seen = posterior.log_likelihood(torch.zeros((1, 4, 2, 4, 4)), held.y)
+    torch.testing.assert_close(
+        seen[0], posterior.problem.log_likelihood(prior.decode(torch.zeros((1, 2, 4, 4)))[None], held.y)[0], **FLOAT32
+    )
+    report = evaluate(posterior, held, 4, generator)
+    assert report.draws.x.shape == (4, 4, 1, 8, 8)
+    assert all(torch.isfinite(torch.tensor(n.value)) for n in report.numbers.values())
+    fit(posterior, 4, seed=0, progress=False, bounds=0, pool=16, states=8, observations=2, draws=2, warm_start=0.5)
+    assert evaluate(posterior, held, 4, generator).numbers["elbo"].value != report.numbers["elbo"].value
+
+
+def test_saved_and_loaded(prior, tmp_path, generator):
+    posterior = Posterior(prior, Inpainting(prior.data_shape, "half", noise_std=0.2))
+    posterior.save_pretrained(tmp_path)
+    again = Posterior.from_pretrained(tmp_path)
+    assert isinstance(again.prior, LatentPrior) and again.prior.scaling_factor == 0.5
+    y = simulate_observations(posterior, 2, generator).y
+    path = rollout(posterior, 3, y, generator)
+    torch.testing.assert_close(path_log_prob(again, path), path_log_prob(posterior, path), rtol=0, atol=0)
+    torch.testing.assert_close(again.decode(path.x_0), posterior.decode(path.x_0), rtol=0, atol=0)
+    assert LatentPrior.from_pretrained(tmp_path / "prior", steps=5).steps == 5
+
+
+def test_pixels_become_channels_of_a_coarser_grid():
+    condition = torch.arange(2 * 3 * 8 * 12.0).reshape(2, 3, 8, 12)
+    coarse = on_grid(condition, torch.Size((4, 4)))
+    assert coarse.shape == (2, 18, 4, 4)
+    blocks = rearrange(condition, "b c (h p) (w q) -> b (c p q) h w", p=2, q=3)
+    assert torch.equal(coarse.sort(1).values, blocks.sort(1).values)
+    assert on_grid(condition, torch.Size((8, 12))) is condition
+    with pytest.raises(ValueError, match=r"condition must lie on x's grid \(3, 4\) or a multiple of it, got \(8, 12\)"):
+        on_grid(condition, torch.Size((3, 4)))
+
+
+def test_bad_input(tmp_path):
+    with pytest.raises(TypeError, match="autoencoder must be an AutoencoderKL or a VQModel, got UNet2DModel"):
+        LatentPrior(unet(), DDPMScheduler(), unet())
+    with pytest.raises(ValueError, match="autoencoder must have the network's 3 latent channels, got 2"):
+        LatentPrior(unet(3), DDPMScheduler(), autoencoder())
+    with pytest.raises(ValueError, match="scaling_factor must be"):
+        latent_prior(scaling_factor=-1.0)
+    without = autoencoder()
+    without.register_to_config(scaling_factor=None)
+    with pytest.raises(ValueError, match="scaling_factor must be given, got None: the autoencoder's config has none"):
+        LatentPrior(unet(), DDPMScheduler(), without)
+    prior = latent_prior()
+    with pytest.raises(ValueError, match=r"x must have shape"):
+        prior.encode(torch.zeros((2, 1, 4, 4)))
+    super(LatentPrior, prior).save_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"holds no autoencoder, expected a folder vae/ or vqvae/ beside unet/"):
+        LatentPrior.from_pretrained(tmp_path)
