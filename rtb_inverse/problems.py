@@ -10,6 +10,8 @@ from rtb_inverse.checks import check_finite, check_tensor
 from rtb_inverse.noise import GaussianNoise, Noise, noise_from_config
 from rtb_inverse.particles import check_below_infinity
 
+POINTS = 8  # where the Jacobian of an operator that is not affine is taken, for `condition`
+
 __all__ = ["GaussianNoise", "InverseProblem", "MatrixOperator", "Reward"]
 
 
@@ -63,7 +65,7 @@ class InverseProblem(nn.Module):
         self.differentiable = True
         self.shape: torch.Size | None = None
         self.y_shape: torch.Size | None = None
-        self._unit: float | None = None  # scale of the back-projection of a nonlinear operator, once known
+        self._units: tuple[float, float] | None = None  # shift and scale of what `condition` shows, once known
         if isinstance(operator, Tensor) and isinstance(noise, Noise) and noise.config is not None:
             self.config = {"noise": noise.config}
         if shape is not None:
@@ -155,26 +157,39 @@ class InverseProblem(nn.Module):
     def condition(self, y: Tensor) -> Tensor:
         """What the posterior network sees of y, (B, *y_shape) to (B, C, *spatial) for x of shape (c, *spatial), (B, m) for x of shape (d,).
 
-        By default y itself where it lies on x's grid, else its back-projection J^T y, J the operator's Jacobian. Where A is not affine, it
-        is taken at a fixed x ~ N(0, I) (at 0 that of an even A, such as |F x|, is 0), and J^T A(x) there is scaled to a mean square of 1.
+        By default y itself where x is a vector or y lies on x's grid, else its back-projection J^T y, J the operator's Jacobian. Where A
+        is not affine, J is the mean over a few fixed x ~ N(0, I) (at 0 that of an even A, such as |F x|, is 0). Where A is not affine or
+        the noise not Gaussian, y may have any units: then what is shown for E[y | x] at these x is shifted and scaled to mean 0 and mean
+        square 1.
         """
         if self.shape is None:
             raise ValueError("shape of x is not known yet; give InverseProblem(..., shape=...) or pass the problem to Posterior first")
         if len(self.shape) == 1:
             return y.reshape(len(y), -1)
+        if self.linear and isinstance(self.noise, GaussianNoise):
+            return self._shown(y)
+        if self._units is None:
+            clean = self(self._points().to(y)).detach()
+            known = self._shown(self.noise.mean(clean) if isinstance(self.noise, Noise) else clean)
+            known = known[torch.isfinite(known)]
+            self._units = (float(known.mean()), float(known.std(correction=0)) or 1.0) if known.numel() else (0.0, 1.0)
+        shift, scale = self._units
+        return (self._shown(y) - shift) / scale
+
+    def _points(self) -> Tensor:
+        """A few fixed x ~ N(0, I)."""
+        return torch.randn((POINTS, *self.shape), generator=torch.Generator().manual_seed(0))
+
+    def _shown(self, y: Tensor) -> Tensor:
+        """y, or its back-projection, in the units of y."""
         if len(self.y_shape) == len(self.shape) and self.y_shape[1:] == self.shape[1:]:
             return y
         if not self.differentiable:
             raise ValueError(
                 "operator is not differentiable and y is not on x's grid: override `condition` to say what the network sees of y"
             )
-        if self.linear:
-            return self._back_projection(y, torch.zeros(self.shape))
-        point = torch.randn(self.shape, generator=torch.Generator().manual_seed(0))
-        if self._unit is None:
-            own = self._back_projection(self(point.to(y)[None]).detach(), point)
-            self._unit = float(own.square().mean().sqrt()) or 1.0
-        return self._back_projection(y, point) / self._unit
+        points = torch.zeros((1, *self.shape)) if self.linear else self._points()
+        return torch.stack([self._back_projection(y, point) for point in points]).mean(0)
 
     def _back_projection(self, y: Tensor, point: Tensor) -> Tensor:
         with torch.enable_grad():

@@ -7,6 +7,7 @@ from torch import nn
 
 import rtb_inverse.guidance
 from rtb_inverse.guidance import DenseGuidance, GradientGuidance, MaskGuidance, conjugate_gradients, guidance
+from rtb_inverse.noise import PoissonNoise
 from rtb_inverse.problems import GaussianNoise, InverseProblem, Reward
 
 D = torch.float64
@@ -200,13 +201,25 @@ def test_condition_elsewhere_is_the_back_projection(name, generator):
 
 
 @pytest.mark.parametrize("operator", [lambda x: torch.sin(pool(x)) + 1, lambda x: 1e3 * torch.fft.rfft2(x).abs()], ids=["curved", "even"])
-def test_condition_of_a_nonlinear_operator_is_linear_in_y_of_scale_1_and_the_same_again(operator, generator):
+def test_condition_of_a_nonlinear_operator_is_affine_in_y_of_scale_1_and_the_same_again(operator, generator):
     first, second = (InverseProblem(operator, GaussianNoise(0.1), IMAGE) for _ in range(2))
     y = randn(generator, 3, *first.y_shape)
     seen, again = first.condition(first(randn(generator, 50, *IMAGE))), second.condition(y)
     assert 0.3 < float(seen.square().mean().sqrt()) < 3  # an even operator has the Jacobian 0 at 0
     torch.testing.assert_close(first.condition(y), again)
-    torch.testing.assert_close(first.condition(y[:1] - 2 * y[1:2]), again[:1] - 2 * again[1:2])
+    torch.testing.assert_close(first.condition(y[:1] - 2 * y[1:2] + 2 * y[2:]), again[:1] - 2 * again[1:2] + 2 * again[2:])
+
+
+@pytest.mark.parametrize("operator", [lambda x: (x + 1).relu(), lambda x: (x + 1).relu().sum(-1)], ids=["on the grid", "sums"])
+def test_condition_of_counts_has_scale_1_and_tells_them_apart(operator, generator):
+    """At a gain of 1,000 too; and it is, but for shift and scale, what it is at a gain of 1."""
+    large, small = (InverseProblem(operator, PoissonNoise(gain=gain, background=2 * gain), IMAGE) for gain in (1000.0, 1.0))
+    x = randn(generator, 50, *IMAGE)
+    seen = large.condition(large.simulate(x, generator))
+    assert seen.shape == (50, *IMAGE) and abs(float(seen.mean())) < 0.5 and 0.3 < float(seen.std()) < 3
+    assert float((seen[0] - seen[1]).square().mean()) > 0.1
+    clean = large(x)
+    torch.testing.assert_close(large.condition(1000 * (clean + 2)), small.condition(clean + 2))
 
 
 def test_condition_needs_a_shape_and_a_gradient():
