@@ -6,15 +6,16 @@ Same prior, chain of K = 40 steps and observations for all; every seed has its o
 
     SW / floor      sliced Wasserstein to exact draws, over that of two independent exact sets
     coverage        of the element-wise 90 % intervals, the truth being any exact draw; its level for so few draws is subtracted, 0.9 added
-    log Z error     median |log Z - exact|, and ESS / n, of the path weights, where a method has any
+    log Z error     median |log Z - exact|, and ESS / n, of the path weights, where a method has any; n all weighted draws or particles
     evaluations     of the network or denoiser for each draw; a rival is also run at 8 K of them, as our corrections are
     s per 1,000     CPU seconds for 1,000 draws, and for training
 
 256 draws for each of five observations, and fewer where draws are dear: 128 at 8 K evaluations (64 in 40-D and 100-D), 64 of DPS at its
 recommended step count, which is run for one seed only. The floor is always that of as many exact draws.
 
-Every rival has four settings, tried on four observations of their own (those that train: for a quarter of the time), and the nearest to
-exact draws is taken. Ours is not tuned. Two processes of one thread; writes posterior_table.csv and posterior_table.md.
+Every rival has four settings, tried at K evaluations on four observations of their own (those that train: for a quarter of the time), and
+the nearest to exact draws is taken, also at 8 K and at DPS's 1,000 steps. Ours is not tuned. Two processes of one thread; writes
+posterior_table.csv and posterior_table.md.
 """
 
 import argparse
@@ -183,7 +184,8 @@ class Bench:
         cost = (time.process_time() - start) / n / len(self.y) * 1000
         distance, has_weights = self.distance(draws.x), weighted or "ess" in draws.info
         error = float((draws.log_z - self.log_z).abs().median()) if has_weights else math.nan
-        ess = float(draws.info.get("ess", draws.ess).mean() / n) if has_weights else math.nan
+        weighed = n * draws.info.get("evaluations", STEPS) / STEPS if "ess" in draws.info else n
+        ess = float(draws.info.get("ess", draws.ess).mean() / weighed) if has_weights else math.nan
         spread, evaluations = float(distance.std() / len(self.y) ** 0.5), draws.info.get("evaluations", math.nan)
         coverage = 0.9 + self.covered(draws.x) - self.covered(self.other[:n])
         return Row(self.name, method, seed, float(distance.mean()), spread, coverage, error, ess, evaluations, cost, training, setting)

@@ -23,7 +23,8 @@ class GeneratorPrior(Prior):
     """x = f(z), z ~ N(0, I), as an exact chain in z.
 
     Args:
-        generator: f, from (M, *shape) to (M, *data_shape); any callable on batches. A module is frozen, and in eval mode for ever.
+        generator: f, from (M, *shape) to (M, *data_shape); any callable on batches. A module is frozen, and in eval mode for ever;
+            whatever a function calls, freeze yourself.
         shape: of one z.
         schedule: by default that of `GaussianMixturePrior`.
         steps: K.
@@ -33,7 +34,8 @@ class GeneratorPrior(Prior):
 
     Raises:
         TypeError: a generator that cannot be called, or returns no tensor.
-        ValueError: a generator that does not take z of that shape, drops the batch, or returns values that are not finite.
+        ValueError: a generator that does not take z of that shape, drops the batch, returns values that are not finite, or calls a network
+            that is not frozen.
     """
 
     exact_reversal = True
@@ -58,20 +60,25 @@ class GeneratorPrior(Prior):
     def _options(self):
         return {"device": self.anchor.device, "dtype": self.anchor.dtype}
 
-    @torch.no_grad()
+    @torch.enable_grad()
     def _probe(self) -> torch.Size:
         """The shape of one x."""
-        z = torch.zeros((2, *self.shape), **self._options())
+        z = torch.randn((2, *self.shape), generator=torch.Generator().manual_seed(0)).to(**self._options())
         try:
             x = self.generator(z)
-        except RuntimeError as error:
-            raise ValueError(f"generator must take z of shape (M, {', '.join(map(str, self.shape))}), got an error: {error}") from error
+        except Exception as error:
+            shape = ", ".join(map(str, self.shape))
+            raise ValueError(f"generator must take z of shape (M, {shape}), got {type(error).__name__}: {error}") from error
         if not isinstance(x, Tensor):
             raise TypeError(f"generator must return a tensor (M, *data_shape), got {type(x).__name__}")
         if x.ndim < 2 or len(x) != 2:
             raise ValueError(f"generator must keep the batch, (M, *data_shape) for M z's, got {tuple(x.shape)} for 2 of them")
         if not torch.isfinite(x).all():
-            raise ValueError("generator must return finite values, got some that are not at z = 0")
+            raise ValueError("generator must return finite values, got some that are not at z ~ N(0, I)")
+        if x.requires_grad:
+            raise ValueError(
+                "generator must be frozen, got one whose x requires a gradient at a fixed z: call requires_grad_(False), eval()"
+            )
         return x.shape[1:]
 
     def train(self, mode: bool = True) -> "GeneratorPrior":

@@ -331,12 +331,12 @@ class GradientGuidance(Guide):
     def at(self, x_t, t):
         return t if self.covariance is not None else None
 
-    def root(self, t: Tensor) -> Tensor:
-        """B (d, d) with B B^T = C_t at one time. Kept: a grid has few times."""
+    def root(self, t: Tensor, like: Tensor) -> Tensor:
+        """B (d, d) with B B^T = C_t at one time, in the dtype of `like`. Kept: a grid has few times."""
         if float(t) not in self._roots:
             eigenvalues, vectors = torch.linalg.eigh(self.covariance(t))  # type: ignore[misc]  # asked only where it is known
-            self._roots[float(t)] = vectors * eigenvalues.clamp_min(0).sqrt()
-        return self._roots[float(t)]
+            self._roots[float(t)] = (vectors * eigenvalues.clamp_min(0).sqrt()).to(like)
+        return self._roots[float(t)].to(like)
 
     def roots(self, error: Tensor, at: Tensor | None, x: Tensor) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
         """Products with B and B^T for states x (M, *event): B = r element by element where no covariance is known."""
@@ -344,7 +344,7 @@ class GradientGuidance(Guide):
             r = error.sqrt().to(x.dtype).reshape(x.shape)
             return (lambda u: r * u), (lambda v: r * v)
         times, which = at.unique(return_inverse=True)
-        matrices = [self.root(time).to(x) for time in times]
+        matrices = [self.root(time, x) for time in times]
 
         def product(u: Tensor, matrices: list[Tensor]) -> Tensor:
             return product_by_time(u.flatten(1), matrices, which).reshape(u.shape)
@@ -462,7 +462,8 @@ def guidance(problem: InverseProblem, decode: Callable[[Tensor], Tensor] | None 
 
 
 def covariance_guidance(problem: InverseProblem, prior: Prior, beta: float) -> Guide | None:
-    """Where the operator is affine and small and the prior knows the covariance of its error, at each state or on average; else None."""
+    """Where the prior knows the covariance of its error: of a small affine operator at each state, or on average, which also serves
+    operators that are not affine and noise that is not Gaussian; else None."""
     if prior.decodes or not isinstance(problem.noise, Noise):
         return None
     if not isinstance(problem.noise, GaussianNoise) or not problem.linear:

@@ -19,10 +19,17 @@ from rtb_inverse.chains import Prior
 from rtb_inverse.guidance import Update
 
 SIZES = 2048, 32768  # fewest and most draws; 1,024 for each element of x between
-ELEMENTS = 2**22  # of all draws together
+ELEMENTS = 2**22  # of all draws together, here or in data space
+DECODED = 256  # draws that are decoded at once
 PAIRS = 512
 IDLE = 3  # cleaner steps in a row that gain nothing, after which no more are tried
 AT_ONCE = 2**21  # weights of draws at states: what fits into a processor's cache, twice as fast as 2**25
+
+
+@torch.no_grad()
+def decoded(prior: Prior, x: Tensor) -> Tensor:
+    """decode(x), some draws at a time."""
+    return torch.cat([prior.decode(part) for part in x.split(DECODED)])
 
 
 class References(nn.Module):
@@ -48,11 +55,11 @@ class References(nn.Module):
     def __init__(self, prior: Prior, basis: Tensor | None = None, size: int | None = None):
         super().__init__()
         d = prior.shape.numel()
-        size = min(max(1024 * d, SIZES[0]), SIZES[1], max(1, ELEMENTS // d)) if size is None else size
+        size = min(max(1024 * d, SIZES[0]), SIZES[1], max(1, ELEMENTS // max(d, prior.data_shape.numel()))) if size is None else size
         self.schedule, self.shape = prior.schedule, prior.shape
         K, options = prior.steps, prior._options()
         self.register_buffer("x", prior.sample(size, torch.Generator(options["device"]).manual_seed(0)))
-        self.register_buffer("decoded", prior.decode(self.x) if prior.decodes else None, persistent=False)
+        self.register_buffer("decoded", decoded(prior, self.x) if prior.decodes else None, persistent=False)
         self.register_buffer("basis", basis, persistent=False)
         self.register_buffer("share", torch.zeros(K, **options))
         self.register_buffer("level", torch.zeros(K, dtype=torch.float64, device=options["device"]))

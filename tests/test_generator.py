@@ -113,11 +113,13 @@ def test_a_saved_posterior_asks_for_its_generator(tmp_path, generator):
     ("generator", "shape", "error", "message"),
     [
         (3, 2, TypeError, "generator must be callable, got int"),
-        (nn.Linear(3, 4), 2, ValueError, r"generator must take z of shape \(M, 2\), got an error"),
+        (nn.Linear(3, 4), 2, ValueError, r"generator must take z of shape \(M, 2\), got RuntimeError"),
         (lambda z: z.sum(0), 2, ValueError, r"generator must keep the batch, \(M, \*data_shape\) for M z's, got \(2,\) for 2 of them"),
         (lambda z: z[:1], 2, ValueError, r"generator must keep the batch, .* got \(1, 2\)"),
         (lambda z: (z, z), 2, TypeError, "generator must return a tensor .* got tuple"),
-        (lambda z: 1 / z, 2, ValueError, "generator must return finite values"),
+        (lambda z: z[:, 5], 2, ValueError, r"generator must take z of shape \(M, 2\), got IndexError"),
+        (lambda z: z * torch.inf, 2, ValueError, "generator must return finite values"),
+        (lambda z, f=nn.Linear(2, 4): f(z), 2, ValueError, "generator must be frozen"),
         (nn.Linear(3, 4), 0, ValueError, "shape must be"),
     ],
 )
