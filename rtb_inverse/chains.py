@@ -155,12 +155,15 @@ class Prior(Chain):
         if update.basis is None:
             scale = (sd2 + gain2 * error * update.shrink).maximum(floor).sqrt()
             return GaussianStep(mean, scale.to(x_t.dtype) * _exp(log_scale), len(self.shape))
-        # a rotated covariance needs one error for all elements
-        level = error.flatten(error.ndim - len(self.shape)).mean(-1) if update.level is None else update.level
-        across = (sd**2 + c_0**2 * level).maximum(floor).sqrt()
-        along = (sd[..., None] ** 2 + (c_0**2 * level)[..., None] * update.shrink).maximum(floor).sqrt()
-        ratio = (along / across[..., None]).to(x_t.dtype)
-        return GaussianStep(mean, expand(across, x_t) * _exp(log_scale), len(self.shape), update.basis, ratio)
+        if update.level is not None:
+            error = update.level.reshape(update.level.shape + (1,) * len(self.shape))
+        across = (sd2 + gain2 * error).maximum(floor)
+        # of the variance across, this share comes from not knowing x_0, of which `shrink` is left along the basis
+        unknown = (gain2 * error / across).expand(*error.shape[: error.ndim - len(self.shape)], *self.shape)
+        share = unknown.flatten(unknown.ndim - len(self.shape)) @ update.basis.to(unknown) ** 2
+        ratio = (1 - share * (1 - update.shrink)).clamp_min(1e-6).sqrt().to(x_t.dtype)
+        scale = across.sqrt().to(x_t.dtype)
+        return GaussianStep(mean, scale * _exp(log_scale), len(self.shape), update.basis, ratio)
 
     def decode(self, x_0: Tensor) -> Tensor:
         """From chain space to data space: the identity, a VAE's decoder, or any x = f(z); (*batch, *shape) to (*batch, *data_shape)."""

@@ -36,8 +36,8 @@ class Update:
     Attributes:
         delta: (*batch, *shape).
         shrink: factor on the variance: (*batch or ones, *shape); along `basis`, (*batch or ones, m); None where it is not known.
-        basis: (d, m), orthonormal; None where the variance shrinks element by element.
-        level: the variance across the basis, (*batch or ones); None: the mean of the denoiser's error r_t^2.
+        basis: (d, m), orthonormal, in units of r_t; None where the variance shrinks element by element.
+        level: the variance across the basis, (*batch or ones); None: the denoiser's error r_t^2, element by element.
     """
 
     delta: Tensor
@@ -118,11 +118,12 @@ def affine(problem: InverseProblem) -> tuple[Tensor, Tensor]:
         return torch.cat([problem(part).reshape(len(part), -1) - offset for part in columns.split(256)]).T, offset
 
 
-def seen_directions(problem: InverseProblem, matrix: Tensor, std: Tensor) -> Tensor | None:
-    """Singular vectors of the whitened matrix, (d, m), float64; None where it picks elements of x."""
+def seen_directions(problem: InverseProblem, matrix: Tensor, std: Tensor, unit: Tensor | None = None) -> Tensor | None:
+    """Singular vectors of the whitened matrix, (d, m), float64, for x in units (d,) of its elements; None where it picks elements of x."""
     if problem.mask is not None:
         return None
-    return torch.linalg.svd(matrix.double() / std.double()[:, None], full_matrices=False)[2].T.contiguous()
+    matrix = matrix.double() if unit is None else matrix.double() * unit
+    return torch.linalg.svd(matrix / std.double()[:, None], full_matrices=False)[2].T.contiguous()
 
 
 class DenseGuidance(Guide):
@@ -162,11 +163,11 @@ class AffineGuide(Guide):
     noise_variance: Tensor
     basis: Tensor | None
 
-    def __init__(self, problem: InverseProblem, beta: float):
+    def __init__(self, problem: InverseProblem, beta: float, unit: Tensor | None = None):
         super().__init__()
         matrix, offset = affine(problem)
         std = problem.noise.std.expand(problem.y_shape).flatten().double()
-        basis = seen_directions(problem, matrix, std)
+        basis = seen_directions(problem, matrix, std, unit)
         for name, value in {"matrix": matrix, "offset": offset, "noise_variance": std**2 / beta, "basis": basis}.items():
             self.register_buffer(name, value, persistent=False)
         self.event_dim = len(problem.shape)
@@ -179,15 +180,18 @@ class AffineGuide(Guide):
 
 class CovarianceGuidance(AffineGuide):
     """A small affine operator and a known covariance C_t of the denoiser's error: the gain is C_t A^T (A C_t A^T + sigma^2)^{-1}. The
-    variance shrinks element by element where A picks elements, else along the singular vectors of the whitened A.
+    variance shrinks element by element where A picks elements, else along the singular vectors of the whitened A diag(r), for one r.
 
     Args:
         covariance: C_t (d, d) at one time t, float64.
         beta: inverse temperature of the likelihood.
+        unit: r, (d,); by default all 1. That of the last step is best, where the elements' errors differ most.
     """
 
-    def __init__(self, problem: InverseProblem, covariance: Callable[[Tensor], Tensor], beta: float = 1.0):
-        super().__init__(problem, beta)
+    def __init__(
+        self, problem: InverseProblem, covariance: Callable[[Tensor], Tensor], beta: float = 1.0, unit: Tensor | None = None
+    ):  # fmt: skip
+        super().__init__(problem, beta, unit)
         self.covariance = covariance
         self._known: dict[float, tuple[Tensor, Tensor]] = {}
 
@@ -195,8 +199,8 @@ class CovarianceGuidance(AffineGuide):
         return t
 
     def gain(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """At one time: the gain (d, m), and what is left of the variance, relative to the mean of C_t's diagonal along the basis (m,),
-        to its own diagonal without one (d,). Kept: a grid has few times."""
+        """At one time: the gain (d, m), and the share of the variance that is left: along the basis (m,), in units of C_t's diagonal, or of
+        each element (d,). Kept: a grid has few times."""
         if float(t) not in self._known:
             C, A = self.covariance(t), self.matrix.double()
             S = A @ C @ A.T + torch.diag(self.noise_variance)
@@ -206,7 +210,8 @@ class CovarianceGuidance(AffineGuide):
             if self.basis is None:
                 shrink = left.diagonal() / variance
             else:
-                shrink = ((left @ self.basis) * self.basis).sum(0) / variance.mean()
+                along = self.basis / variance.sqrt()[:, None]
+                shrink = ((left @ along) * along).sum(0) / ((C @ along) * along).sum(0)
             self._known[float(t)] = gain.to(self.matrix.dtype), shrink.clamp_min(1e-9)
         return self._known[float(t)]
 
@@ -475,7 +480,8 @@ def covariance_guidance(problem: InverseProblem, prior: Prior, beta: float) -> G
         return LocalGuidance(problem, prior.local_covariance, beta)
     if size > COVARIANCE_LIMIT or prior.denoiser_covariance(prior.times[0]) is None:
         return None
-    return CovarianceGuidance(problem, prior.denoiser_covariance, beta)
+    unit = prior.denoiser_covariance(prior.times[-2]).diagonal().clamp_min(1e-30).sqrt()
+    return CovarianceGuidance(problem, prior.denoiser_covariance, beta, unit)
 
 
 def curved_guidance(problem: InverseProblem, prior: Prior, beta: float) -> Guide | None:

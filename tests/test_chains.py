@@ -284,6 +284,27 @@ def test_an_update_shrinks_the_part_of_the_variance_that_is_uncertainty(schedule
         torch.testing.assert_close(step.variance, truth, rtol=1e-6, atol=1e-9)
 
 
+def test_an_update_along_a_basis_keeps_the_elements_own_errors(schedule):
+    """Across the basis each element has its own variance; along it, in units of their standard deviations, as much is left as `shrink` says
+    of the part that is uncertainty. Where all columns are the identity, that is element by element."""
+    prior = Constant((3,), schedule, 4)
+    prior.error = torch.tensor([0.01, 0.3, 0.9], dtype=torch.float64)
+    x, t, s = torch.ones(2, 2, 3, dtype=torch.float64), prior.times[1], prior.times[2]
+    c_0, _, sd = schedule.reverse_step(t, s)
+    across = sd**2 + c_0**2 * prior.error
+    v = torch.nn.functional.normalize(torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64), dim=0)
+    step = prior.gaussian_step(x, x, t, s, update=Update(x, torch.tensor([0.2], dtype=torch.float64), v[:, None]))
+    eye = torch.eye(3, dtype=torch.float64)
+    root = eye + (step.ratio.double().flatten()[0] - 1) * v[:, None] * v
+    whitened = root @ root.T
+    torch.testing.assert_close(step.scale.double().expand(2, 2, 3)[0, 0] ** 2, across, rtol=1e-6, atol=1e-9)
+    left = 1 - (c_0**2 * prior.error / across) @ v**2 * 0.8
+    torch.testing.assert_close(v @ whitened @ v, left, rtol=1e-6, atol=1e-9)
+    shrink = torch.tensor([0.1, 0.5, 1.0], dtype=torch.float64)
+    step = prior.gaussian_step(x, x, t, s, update=Update(x, shrink, eye))
+    torch.testing.assert_close(step.variance, (sd**2 + c_0**2 * prior.error * shrink).expand(2, 2, 3), rtol=1e-6, atol=1e-9)
+
+
 @pytest.mark.parametrize("options, message", [
     ({"eta": 0.0}, "eta"), ({"eta": 1.5}, "eta"), ({"variance": "learned"}, "variance"), ({"min_std": 0.0}, "min_std"),
     ({"steps": 0}, "steps"),

@@ -133,7 +133,8 @@ def test_covariance_guidance_is_the_textbook(kind, beta, generator):
         else:
             V = update.basis
             torch.testing.assert_close(V.T @ V, torch.eye(2, dtype=D))
-            torch.testing.assert_close(update.shrink[i, 0] * C.diagonal().mean(), (V.T @ left @ V).diagonal())
+            along = V / C.diagonal().sqrt()[:, None]
+            torch.testing.assert_close(update.shrink[i, 0] * (along.T @ C @ along).diagonal(), (along.T @ left @ along).diagonal())
 
 
 def test_gradient_guidance_by_a_covariance_is_the_textbook(generator):
