@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from priors.mixture import default_schedule
 from rtb_inverse.chains import Prior
 from rtb_inverse.checks import check_count
-from rtb_inverse.schedules import Schedule, expand
+from rtb_inverse.networks import gaussian_error, gaussian_estimate
+from rtb_inverse.schedules import Schedule
 
 
 class GeneratorPrior(Prior):
@@ -84,23 +85,16 @@ class GeneratorPrior(Prior):
     def train(self, mode: bool = True) -> "GeneratorPrior":
         return super().train(False)
 
-    @property
-    def data_shape(self):
-        return self._data_shape
-
     def decode(self, x_0):
         x = self.generator(x_0.reshape(-1, *self.shape))
-        return x.reshape(*x_0.shape[: x_0.ndim - len(self.shape)], *self._data_shape)
+        return x.reshape(*x_0.shape[: x_0.ndim - len(self.shape)], *x.shape[1:])
 
     def sample(self, n, generator=None, progress=False):
         """n draws of z (n, *shape), without the chain; `decode` makes x of them."""
         return torch.randn((n, *self.shape), generator=generator, **self._options())
 
     def denoise(self, x_t, t):
-        alpha, sigma = self.schedule.alpha_sigma(t.to(x_t.device))
-        return expand(alpha / (alpha**2 + sigma**2), x_t) * x_t
+        return gaussian_estimate(self, x_t, t.to(x_t.device))[0]
 
     def denoiser_error(self, t):
-        alpha, sigma = self.schedule.alpha_sigma(t.to(self.anchor.device))
-        left = sigma**2 / (alpha**2 + sigma**2)
-        return left.reshape(*t.shape, *(1,) * len(self.shape)).expand(*t.shape, *self.shape)
+        return gaussian_error(self, t.to(self.anchor.device))

@@ -49,8 +49,6 @@ class LatentPrior(DiffusersPrior):
         self.scaling_factor, self.chunk_size = check_positive("scaling_factor", scale), check_count("chunk_size", chunk_size)
         self.shift_factor = getattr(config, "shift_factor", None) or 0.0
         self.autoencoder = autoencoder.requires_grad_(False).eval()
-        with torch.no_grad():
-            self._data_shape = self.decode(torch.zeros((1, *self.shape), **self._options())).shape[1:]
 
     @classmethod
     def _read(cls, folder: Path) -> dict[str, Any]:
@@ -58,10 +56,6 @@ class LatentPrior(DiffusersPrior):
         if not found:
             raise FileNotFoundError(f"folder_or_hub_id: {folder} holds no autoencoder, expected a folder vae/ or vqvae/ beside unet/")
         return super()._read(folder) | {"autoencoder": load_model(found[0], AUTOENCODERS)}
-
-    @property
-    def data_shape(self):
-        return self._data_shape
 
     def decode(self, x_0):
         """From latents (*batch, *shape) to pixels (*batch, *data_shape)."""

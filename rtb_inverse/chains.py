@@ -97,6 +97,7 @@ class Prior(Chain):
     """
 
     exact_reversal = False
+    _data_shape: torch.Size | None = None  # once it is known
 
     def __init__(self, shape, schedule, steps, eta: float = 1.0, variance: str = "analytic", min_std: float = 0.01):
         super().__init__(shape, schedule, steps)
@@ -178,8 +179,10 @@ class Prior(Chain):
     def data_shape(self) -> torch.Size:
         if not self.decodes:
             return self.shape
-        with torch.no_grad():
-            return self.decode(torch.zeros((1, *self.shape), **self._options())).shape[1:]
+        if self._data_shape is None:
+            with torch.no_grad():
+                self._data_shape = self.decode(torch.zeros((1, *self.shape), **self._options())).shape[1:]
+        return self._data_shape
 
     @torch.no_grad()
     def sample(self, n: int, generator: Generator | None = None, progress: bool = False) -> Tensor:

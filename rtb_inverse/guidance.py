@@ -437,13 +437,17 @@ def conjugate_gradients(matrix: Callable[[Tensor], Tensor], b: Tensor, iteration
     return x
 
 
-def guidance(problem: InverseProblem, decode: Callable[[Tensor], Tensor] | None = None, event_dim: int | None = None) -> Guide | None:
+def guidance(
+    problem: InverseProblem, decode: Callable[[Tensor], Tensor] | None = None, event_dim: int | None = None,
+    covariance: Callable[[Tensor], Tensor] | None = None,
+) -> Guide | None:  # fmt: skip
     """The best Gaussian update that the problem allows; None for a reward, a noise that knows neither mean nor variance, or an operator
     without gradients, where the problem has no `smoothed` likelihood.
 
     Args:
         problem: bound to its shape.
         decode: from chain space to data space, where that is not the identity; `event_dim` is then the number of axes of one x there.
+        covariance: of the denoiser's error, where it is known, for a guide by gradients.
     """
     if problem.smoothed is not None and decode is None:
         return ElementGuidance(problem)
@@ -460,10 +464,10 @@ def guidance(problem: InverseProblem, decode: Callable[[Tensor], Tensor] | None 
     if gaussian and problem.mask is not None:
         return MaskGuidance(problem)
     if not problem.linear:
-        return GradientGuidance(problem, problem, iterations=5, rounds=2)
+        return GradientGuidance(problem, problem, iterations=5, rounds=2, covariance=covariance)
     if gaussian and problem.shape.numel() * problem.y_shape.numel() <= DENSE_LIMIT:
         return DenseGuidance(problem)
-    return GradientGuidance(problem, problem, iterations=5, clip=None if gaussian else 3.0)
+    return GradientGuidance(problem, problem, iterations=5, clip=None if gaussian else 3.0, covariance=covariance)
 
 
 def covariance_guidance(problem: InverseProblem, prior: Prior, beta: float) -> Guide | None:
@@ -472,7 +476,10 @@ def covariance_guidance(problem: InverseProblem, prior: Prior, beta: float) -> G
     if prior.decodes or not isinstance(problem.noise, Noise):
         return None
     if not isinstance(problem.noise, GaussianNoise) or not problem.linear:
-        return curved_guidance(problem, prior, beta)
+        small = prior.shape.numel() ** 2 <= COVARIANCE_LIMIT
+        if prior.exact_reversal or not small or prior.denoiser_covariance(prior.times[0]) is None:
+            return None
+        return guidance(problem, covariance=lambda t: beta * prior.denoiser_covariance(t))
     size = problem.shape.numel() * problem.y_shape.numel()
     if size <= COVARIANCE_LIMIT and prior.gaussian_covariance() is not None:
         return GaussianGuidance(problem, prior, beta)
@@ -482,16 +489,3 @@ def covariance_guidance(problem: InverseProblem, prior: Prior, beta: float) -> G
         return None
     unit = prior.denoiser_covariance(prior.times[-2]).diagonal().clamp_min(1e-30).sqrt()
     return CovarianceGuidance(problem, prior.denoiser_covariance, beta, unit)
-
-
-def curved_guidance(problem: InverseProblem, prior: Prior, beta: float) -> Guide | None:
-    """`GradientGuidance` by the average covariance of the prior's error, where the prior knows it and no better guide is at hand."""
-    if prior.exact_reversal or problem.smoothed is not None or not problem.differentiable or isinstance(problem, NoiseRange):
-        return None
-    if prior.shape.numel() ** 2 > COVARIANCE_LIMIT or prior.denoiser_covariance(prior.times[0]) is None:
-        return None
-
-    def covariance(t: Tensor) -> Tensor:
-        return beta * prior.denoiser_covariance(t)
-
-    return GradientGuidance(problem, problem, iterations=5, rounds=1 if problem.linear else 2, covariance=covariance)

@@ -170,9 +170,10 @@ class InverseProblem(nn.Module):
             return self._shown(y)
         if self._units is None:
             clean = self(self._points().to(y)).detach()
-            known = self._shown(self.noise.mean(clean) if isinstance(self.noise, Noise) else clean)
-            known = known[torch.isfinite(known)]
-            self._units = (float(known.mean()), float(known.std(correction=0)) or 1.0) if known.numel() else (0.0, 1.0)
+            known = check_finite(
+                "what `condition` shows of y", self._shown(self.noise.mean(clean) if isinstance(self.noise, Noise) else clean)
+            )
+            self._units = float(known.mean()), float(known.std(correction=0)) or 1.0
         shift, scale = self._units
         return (self._shown(y) - shift) / scale
 
@@ -188,13 +189,11 @@ class InverseProblem(nn.Module):
             raise ValueError(
                 "operator is not differentiable and y is not on x's grid: override `condition` to say what the network sees of y"
             )
-        points = torch.zeros((1, *self.shape)) if self.linear else self._points()
-        return torch.stack([self._back_projection(y, point) for point in points]).mean(0)
-
-    def _back_projection(self, y: Tensor, point: Tensor) -> Tensor:
+        points = (torch.zeros((1, *self.shape)) if self.linear else self._points()).to(y)
         with torch.enable_grad():
-            x = point.to(y).expand(len(y), *point.shape).clone().requires_grad_()
-            return torch.autograd.grad(self.operator(x), x, y)[0].detach()
+            x = points.repeat_interleave(len(y), 0).requires_grad_()
+            projected = torch.autograd.grad(self.operator(x), x, y.repeat(len(points), *(1,) * (y.ndim - 1)))[0]
+        return projected.detach().reshape(len(points), len(y), *self.shape).mean(0)
 
 
 class Reward(InverseProblem):

@@ -16,19 +16,21 @@ COMMON = BLOCKS | {"in_channels": 1, "out_channels": 1, "latent_channels": 2, "n
 
 
 def autoencoder(kind="kl", **options):
-    torch.manual_seed(0)
-    model = AutoencoderKL(**COMMON, **options) if kind == "kl" else VQModel(**COMMON, num_vq_embeddings=16, **options)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoencoderKL(**COMMON, **options) if kind == "kl" else VQModel(**COMMON, num_vq_embeddings=16, **options)
     with torch.no_grad():  # so that what it decodes is far from constant
         model.decoder.conv_out.weight.mul_(10)
     return model
 
 
 def unet(channels=2):
-    torch.manual_seed(1)
-    return UNet2DModel(
-        sample_size=4, in_channels=channels, out_channels=channels, block_out_channels=(8,), down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",), layers_per_block=1, norm_num_groups=4,
-    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        return UNet2DModel(
+            sample_size=4, in_channels=channels, out_channels=channels, block_out_channels=(8,), down_block_types=("DownBlock2D",),
+            up_block_types=("UpBlock2D",), layers_per_block=1, norm_num_groups=4,
+        )  # fmt: skip
 
 
 def latent_prior(kind="kl", **options):
