@@ -20,6 +20,7 @@ from torch import Tensor
 from priors import GaussianMixturePrior
 from rtb_inverse import Posterior, Reward, fit
 from rtb_inverse.diagnostics import effective_sample_size, total_variation
+from rtb_inverse.schedules import VariancePreserving
 
 MODES = torch.tensor([[-10, -5], [-5, -10], [-5, 0], [10, -5], [0, 0], [0, 5], [5, -5], [5, 0], [5, 10]]).float()
 COUNTS = torch.tensor([4, 10, 4, 5, 10, 5, 4, 15, 4])
@@ -27,7 +28,8 @@ DRAWS = 2440
 
 
 def mixture(means: Tensor, weights: Tensor, steps: int) -> GaussianMixturePrior:
-    return GaussianMixturePrior(weights, means, 0.3 * torch.eye(2).expand(len(means), 2, 2), steps=steps)
+    schedule = VariancePreserving(beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing", prediction_type="sample")
+    return GaussianMixturePrior(weights, means, 0.3 * torch.eye(2).expand(len(means), 2, 2), schedule, steps)
 
 
 def stratified_draws(generator) -> Tensor:

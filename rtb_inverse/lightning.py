@@ -230,9 +230,11 @@ class PosteriorTraining(LightningModule):
         fresh = shares.get("on_policy", 0)
         if fresh:
             self._insert(index, paths.x_0[:fresh])
-        log_z = posterior.log_evidence(paths.y)
         log_w = log_p + log_lik - log_q
         estimate = log_mean_weight(log_w[:fresh]) if fresh else log_w.mean(0)
+        if step == warm:
+            self._place_log_z(estimate, paths.y)
+        log_z = posterior.log_evidence(paths.y)
         self.log("log_z", log_z.mean(), prog_bar=True)
         if fresh and not self.extra_noise:  # else no bound
             self.log("elbo", log_w[:fresh].mean(), prog_bar=True)
@@ -250,6 +252,15 @@ class PosteriorTraining(LightningModule):
         return path_backward(
             posterior, paths, log_q, loss, chunk_size=self.chunk_size, step_fraction=self.step_fraction, generator=self.generator
         )
+
+    @torch.no_grad()
+    def _place_log_z(self, estimate: Tensor, y: Tensor | None) -> None:
+        """Move log Z(y) by what is known of its mean at the first step of RTB; at its learning rate the way there takes hundreds."""
+        shift = (estimate - self.posterior.log_evidence(y)).mean()
+        if self.trainer.world_size > 1:
+            shift = self.trainer.strategy.reduce(shift, reduce_op="mean")
+        if torch.isfinite(shift):
+            self.posterior.log_z.bias += shift
 
     def _insert(self, index: Tensor, x_0: Tensor) -> None:
         self.store.insert(index, x_0, self.posterior.log_likelihood(x_0, self.store.observations(index)))

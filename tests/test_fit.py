@@ -142,6 +142,15 @@ def test_one_observation(objective, warm_start):
     assert gain(posterior, y[None], lambda: fit(posterior, 100, y=y, **options, **SMALL)) > 5
 
 
+@pytest.mark.parametrize("objective", ["vargrad", "rtb", "wake_sleep"])
+def test_log_z_starts_where_the_first_estimates_are(objective):
+    """A constant reward: every path of the prior has the weight Z."""
+    prior = GaussianMixturePrior(torch.ones(2), torch.tensor([[-1.0, 0.0], [1.0, 0.0]]), torch.eye(2).expand(2, 2, 2), steps=5)
+    posterior = Posterior(prior, Reward(lambda x: x[..., 0] * 0 - 300.0), start="prior", width=16)
+    fit(posterior, 1, progress=False, warm_start=0.0, objective=objective, bounds=0)
+    assert float(posterior.log_evidence(None).detach()) == pytest.approx(-300, abs=0.5)
+
+
 @pytest.mark.parametrize("warm_start", [0.0, 1.0], ids=["rtb alone", "wake-sleep alone"])
 def test_a_reward(warm_start):
     """exp(-|x - c|^2 / 2) is the likelihood of y = x + n at y = c: the exact evidence is known."""

@@ -237,12 +237,13 @@ def test_import_asks_nothing_of_anyone(tmp_path):
 
 # No machine's paths
 
-MACHINE_PATH = re.compile(r"(?<![\w.])/(?:work|root|home|Users)/\w|(?<![\w/])~[/]|\b[A-Z]:\\+Users\b")
+MACHINE_PATH = re.compile(r"(?<![\w.])/(?:work|root|home|Users)/[\w.]|(?<![\w/])~[/]|\b[A-Z]:\\+Users\b")
 
 
 @pytest.mark.parametrize("path", ["work", "root", "home", "Users"])
 def test_the_machine_path_pattern(path):
     assert MACHINE_PATH.search(f'load("/{path}/data")')
+    assert MACHINE_PATH.search(f"/{path}/.cache/module.py:254: UserWarning")
     assert not MACHINE_PATH.search(f"https://example.org/{path}/data and ./{path}/data")
 
 
