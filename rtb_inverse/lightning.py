@@ -45,8 +45,8 @@ class PosteriorTraining(LightningModule):
         behaviours: weights of "on_policy", "prior", "simulated", "replay".
         extra_noise: of on-policy paths at the beginning of the RTB phase, as a share of each step's standard deviation; falls linearly
             to 0.
-        lr, lr_rtb, lr_log_z: peak learning rates of the chain in the warm start and in the RTB phase, and of log Z(y); the gates, one
-            number per step, take ten times the chain's.
+        lr, lr_rtb, lr_log_z: peak learning rates of the chain in the warm start and in the RTB phase, and of log Z(y), which
+            enters the RTB phase at the mean of the first estimates; the gates, one number per step, take ten times the chain's.
         clip: Huber threshold of the residual, in nats; null for none (`objectives.half_square`).
         pool: how many roll-outs of a network's prior to keep for simulation (draws of the posterior, in a wake-sleep warm start), of which
             `pool_start` are drawn before the first step and `pool_growth` every `refresh` steps. Each is 2 K + 1 arrays of x's size, in
@@ -255,12 +255,11 @@ class PosteriorTraining(LightningModule):
 
     @torch.no_grad()
     def _place_log_z(self, estimate: Tensor, y: Tensor | None) -> None:
-        """Move log Z(y) by what is known of its mean at the first step of RTB; at its learning rate the way there takes hundreds."""
+        """Shift log Z(y) to the mean of the first estimates, (B,): far from zero, its learning rate alone would take hundreds of steps."""
         shift = (estimate - self.posterior.log_evidence(y)).mean()
         if self.trainer.world_size > 1:
             shift = self.trainer.strategy.reduce(shift, reduce_op="mean")
-        if torch.isfinite(shift):
-            self.posterior.log_z.bias += shift
+        self.posterior.log_z.bias.add_(shift)
 
     def _insert(self, index: Tensor, x_0: Tensor) -> None:
         self.store.insert(index, x_0, self.posterior.log_likelihood(x_0, self.store.observations(index)))
