@@ -10,12 +10,12 @@ Same prior, chain of K = 40 steps and observations for all; every seed has its o
     evaluations     of the network or denoiser for each draw; a rival is also run at 8 K of them, as our corrections are
     s per 1,000     CPU seconds for 1,000 draws, and for training
 
-256 draws for each of five observations, and fewer where draws are dear: 128 at 8 K evaluations (64 in 40-D and 100-D), 64 of DPS at its
-recommended step count, which is run for one seed only. The floor is always that of as many exact draws.
+256 draws for each of five observations, and 64 at 8 K evaluations and of DPS at its recommended step count, which is run for one seed
+only. The floor is always that of as many exact draws.
 
-Every rival has four settings, tried at K evaluations on four observations of their own (those that train: for a quarter of the time), and
-the nearest to exact draws is taken, also at 8 K and at DPS's 1,000 steps. Ours is not tuned. Two processes of one thread; writes
-posterior_table.csv and posterior_table.md.
+Every rival has four settings, tried on four observations of their own (those that train: for a quarter of the time), and the nearest to
+exact draws is taken: at K evaluations with 128 draws, at 8 K with 32, at DPS's 1,000 steps with 16. Ours is not tuned. Two processes of
+one thread; writes posterior_table.csv and posterior_table.md.
 """
 
 import argparse
@@ -126,23 +126,29 @@ def over(key: str, *values) -> list[dict[str, Any]]:
     return [{key: value} for value in values]
 
 
-def both(first: str, a, second: str, b) -> list[dict[str, Any]]:
-    return [{first: x, second: y} for x in a for y in b]
+def pairs(first: str, second: str, *values: tuple[float, float]) -> list[dict[str, Any]]:
+    return [{first: x, second: y} for x, y in values]
 
 
 RIVALS: dict[str, tuple[Callable[..., Particles], list[dict[str, Any]]]] = {
     "prior, importance": (run_prior, [{}]),
-    "DPS": (run_dps, over("zeta", 0.03, 0.1, 0.3, 1.0)),
+    "DPS": (run_dps, over("zeta", 0.1, 0.3, 1.0, 3.0)),
     "FPS-SMC": (run_fps, over("threshold", 0.25, 0.5, 0.75, 1.0)),
     "twisted diffusion sampler": (run_twisted, over("threshold", 0.25, 0.5, 0.75, 1.0)),
-    "deepinv DPS": (functools.partial(run_deepinv, "dps"), over("weight", 0.5, 1.0, 1.5, 2.0)),
-    "deepinv PiGDM": (functools.partial(run_deepinv, "pigdm"), both("weight", (0.5, 1.0), "eta", (0.5, 1.0))),
-    "deepinv MomentMatching": (functools.partial(run_deepinv, "moment_matching"), both("weight", (0.7, 1.0), "eta", (0.5, 1.0))),
-    "deepinv DiffPIR": (functools.partial(run_deepinv, "diffpir"), both("lambda_", (1.0, 7.0), "zeta", (0.3, 1.0))),
-    "deepinv DDRM": (functools.partial(run_deepinv, "ddrm"), both("eta", (0.85, 1.0), "eta_b", (0.5, 1.0))),
+    "deepinv DPS": (functools.partial(run_deepinv, "dps"), over("weight", 1.0, 2.0, 4.0, 8.0)),
+    "deepinv PiGDM": (functools.partial(run_deepinv, "pigdm"), pairs("weight", "eta", (0.5, 1.0), (1.0, 0.5), (1.0, 1.0), (2.0, 1.0))),
+    "deepinv MomentMatching": (
+        functools.partial(run_deepinv, "moment_matching"),
+        pairs("weight", "eta", (0.7, 1.0), (1.0, 0.5), (1.0, 1.0), (1.4, 1.0)),
+    ),
+    "deepinv DiffPIR": (
+        functools.partial(run_deepinv, "diffpir"),
+        pairs("lambda_", "zeta", (0.3, 1.0), (1.0, 0.3), (1.0, 1.0), (7.0, 0.3)),
+    ),
+    "deepinv DDRM": (functools.partial(run_deepinv, "ddrm"), pairs("eta", "eta_b", (0.85, 0.5), (0.85, 1.0), (1.0, 0.5), (1.0, 1.0))),
 }
 SPEEDS: dict[tuple[str, str], float] = {}  # CPU seconds of a training step, by problem and way
-LEARNING_RATES = {"NPE": (3e-4, 1e-3, 3e-3, 1e-2), "REINFORCE": (1e-4, 3e-4, 1e-3, 3e-3)}
+LEARNING_RATES = {"NPE": (1e-3, 3e-3, 1e-2, 3e-2), "REINFORCE": (3e-4, 1e-3, 3e-3, 1e-2)}
 
 
 class Bench:
@@ -158,8 +164,8 @@ class Bench:
 
     @property
     def few(self) -> int:
-        """Draws at 8 K evaluations each."""
-        return max(self.n // (4 if self.prior.shape.numel() in (40, 100) else 2), 16)
+        """Draws where they are dear."""
+        return max(self.n // 4, 16)
 
     def covered(self, x: Tensor) -> float:
         """Share of elements of exact draws inside the draws' central 90 % intervals."""
@@ -224,14 +230,21 @@ def applies(method: str, bench: Bench) -> bool:
     return not ("deepinv" in method and bench.name == "poisson2")
 
 
-def tune(name: str, size: Size) -> dict[str, dict[str, Any]]:
+Settings = dict[tuple[str, int], dict[str, Any]]  # by method and evaluations
+
+
+def tune(name: str, size: Size) -> Settings:
     """The settings of the rivals for a problem: nearest to exact draws over observations of their own."""
+    budgets = {(method, multiple * STEPS): run for method, (run, _) in RIVALS.items() for multiple in (1, MULTIPLE)}
+    budgets["DPS", RECOMMENDED] = run_dps
     if not size.tuned:
-        return {method: settings[0] for method, (_, settings) in RIVALS.items()} | {way: {"lr": 1e-3} for way in LEARNING_RATES}
+        return {key: RIVALS[key[0]][1][1 if len(RIVALS[key[0]][1]) > 1 else 0] for key in budgets} | {
+            (way, STEPS): {"lr": 3e-3} for way in LEARNING_RATES
+        }
     begin()
     bench, found = Bench(name, 4, size.draws // 2, seed=999), {}
 
-    def best(settings: list[dict], sample: Callable[..., Particles]) -> dict:
+    def nearest(settings: list[dict], sample: Callable[..., Particles]) -> dict:
         scores = []
         for setting in settings:
             try:
@@ -240,22 +253,24 @@ def tune(name: str, size: Size) -> dict[str, dict[str, Any]]:
                 scores.append(math.inf)
         return settings[scores.index(min(scores))]
 
-    for method, (run, settings) in RIVALS.items():
-        if applies(method, bench) and len(settings) > 1:
-            arguments = name, bench.problem, bench.y, bench.n
-            found[method] = best(settings, lambda s, run=run, a=arguments: run(*a, Generator().manual_seed(0), 1, **s))
+    for (method, evaluations), run in budgets.items():
+        n = {STEPS: bench.n, RECOMMENDED: bench.n // 8}.get(evaluations, bench.n // 4)
+
+        def sample(setting, run=run, n=n, multiple=evaluations // STEPS):
+            return run(name, bench.problem, bench.y, n, Generator().manual_seed(0), multiple, **setting)
+
+        if applies(method, bench):
+            found[method, evaluations] = nearest(RIVALS[method][1], sample) if len(RIVALS[method][1]) > 1 else {}
+
+    def learn(setting, way):
+        return trained(bench, way, size.seconds / 4, 0, **setting)[0].sample(bench.y, bench.n, Generator().manual_seed(0))
+
     for way, rates in LEARNING_RATES.items():
-        seconds = size.seconds / 4
-        found[way] = best(
-            over("lr", *rates),
-            lambda s, way=way, seconds=seconds: trained(bench, way, seconds, 0, **s)[0].sample(
-                bench.y, bench.n, Generator().manual_seed(0)
-            ),
-        )
+        found[way, STEPS] = nearest(over("lr", *rates), functools.partial(learn, way=way))
     return found
 
 
-def compare(name: str, size: Size, seed: int, settings: dict[str, dict[str, Any]]) -> list[Row]:
+def compare(name: str, size: Size, seed: int, settings: Settings) -> list[Row]:
     """All methods on one problem with one seed."""
     begin()
     bench = Bench(name, size.observations, size.draws, seed=12345 + seed)
@@ -272,24 +287,24 @@ def compare(name: str, size: Size, seed: int, settings: dict[str, dict[str, Any]
 
     for method, (run, _) in RIVALS.items():
         if applies(method, bench):
-            setting = settings.get(method, {})
             for multiple in (1, MULTIPLE):
+                setting = settings[method, STEPS * multiple]
                 sample = functools.partial(run, name, bench.problem, multiple=multiple, **setting)
                 sample = functools.partial(lambda sample, y, n, g: sample(y=y, n=n, generator=g), sample)
                 add(f"{method}, {multiple} K", sample, STEPS * multiple, n=bench.few if multiple > 1 else None, setting=text(setting))
     if seed == 0:
-        fine = known(name, RECOMMENDED)
-        zeta = settings["DPS"]["zeta"]
+        setting = settings["DPS", RECOMMENDED]
+        sample = functools.partial(run_dps, multiple=RECOMMENDED // STEPS, **setting)
         add(
             f"DPS, {RECOMMENDED} steps",
-            lambda y, n, g: dps(fine.prior, fine.problem, y, n, g, zeta=zeta, batch_size=BATCH),
+            lambda y, n, g: sample(name, bench.problem, y, n, g),
             RECOMMENDED,
-            n=max(bench.n // 4, 16),
-            setting=text(settings["DPS"]),
+            n=bench.few,
+            setting=text(setting),
         )
     for way in LEARNING_RATES:
-        other, training = trained(bench, way, size.seconds, seed, **settings[way])
-        add(way, lambda y, n, g, p=other: importance(p, y, n, g), training=training, setting=text(settings[way]), weighted=True)
+        other, training = trained(bench, way, size.seconds, seed, **settings[way, STEPS])
+        add(way, lambda y, n, g, p=other: importance(p, y, n, g), training=training, setting=text(settings[way, STEPS]), weighted=True)
     untrained = Posterior(bench.prior, bench.model)
     add("ours, untrained", lambda y, n, g: importance(untrained, y, n, g), weighted=True)
     ours, training = trained(bench, "ours", size.seconds, seed)

@@ -10,7 +10,7 @@ likelihood. Where x_t is clean the set is too coarse, and the Gaussian update is
 measured on pairs (x_0, y) of the joint distribution, and so is what is left of the error.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ DECODED = 256  # draws that are decoded at once
 PAIRS = 512
 IDLE = 3  # cleaner steps in a row that gain nothing, after which no more are tried
 AT_ONCE = 2**21  # weights of draws at states: what fits into a processor's cache, twice as fast as 2**25
+NEGLIGIBLE = 20.0  # nats below y's best draw, from where a draw is left out: at most e^-20 M = 7e-5 of the posterior are lost
+SHARED = 16  # states of a y from which those draws are gathered, else weighed with weight 0
 
 
 @torch.no_grad()
@@ -80,16 +82,28 @@ class References(nn.Module):
         Args:
             log_likelihood: beta log p(y | x_i), (M, B), B the last axis of the batch. A y that no draw allows is not looked at.
         """
-        log_likelihood = log_likelihood.where(~log_likelihood.isneginf().all(0), 0.0)
-        x, batch = self.x.flatten(1), x_t.shape[: x_t.ndim - len(self.shape)]
-        states, half, log_likelihood = x_t.reshape(-1, x.shape[1]), 0.5 * x.square().sum(1), log_likelihood.T
+        log_likelihood = log_likelihood.where(~log_likelihood.isneginf().all(0), 0.0).T
+        log_likelihood = log_likelihood.where(log_likelihood > log_likelihood.amax(1, keepdim=True) - NEGLIGIBLE, -torch.inf)
+        batch = x_t.shape[: x_t.ndim - len(self.shape)]
+        states = x_t.reshape(-1, self.x[0].numel())
         alpha, sigma = (c.to(x_t).expand(batch).reshape(-1, 1) for c in self.schedule.alpha_sigma(t))
         mean = torch.zeros_like(states)
-        for part in wanted.expand(batch).reshape(-1).nonzero()[:, 0].split(self.chunk):
+        for part, x, log_lik in self._parts(wanted.expand(batch).reshape(-1).nonzero()[:, 0], log_likelihood):
             scale = alpha[part] / sigma[part] ** 2
-            log_w = scale * states[part] @ x.T - scale * alpha[part] * half + log_likelihood[part % batch[-1]]
+            log_w = scale * states[part] @ x.T - scale * alpha[part] * (0.5 * x.square().sum(1)) + log_lik
             mean[part] = log_w.softmax(1) @ x
         return mean.reshape(x_t.shape)
+
+    def _parts(self, rows: Tensor, log_likelihood: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Some states at a time, the draws to weigh there, and their log-likelihoods: those that y allows, where many states share it."""
+        x, B = self.x.flatten(1), len(log_likelihood)
+        if len(rows) < SHARED * B:
+            yield from ((part, x, log_likelihood[part % B]) for part in rows.split(self.chunk))
+            return
+        for b in range(B):
+            kept = ~log_likelihood[b].isneginf()
+            near, log_lik = x[kept], log_likelihood[b, kept]
+            yield from ((part, near, log_lik) for part in rows[rows % B == b].split(max(1, AT_ONCE // len(near))))
 
     @torch.no_grad()
     def measure(self, prior: Prior, guided: Callable, simulate: Callable, log_likelihood: Callable) -> "References":

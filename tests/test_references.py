@@ -56,7 +56,7 @@ def test_local_guidance_is_exact_for_a_gaussian(schedule, generator):
 # References
 
 
-@pytest.mark.parametrize("shape", [(), (5,)], ids=["pairs", "draws"])
+@pytest.mark.parametrize("shape", [(), (5,), (40,)], ids=["pairs", "draws", "draws that share what y allows"])
 def test_references_weigh_the_priors_draws(shape, generator):
     prior = GaussianMixturePrior.random(2, 4, 0, D, steps=5)
     problem = InverseProblem(torch.abs, GaussianNoise(torch.tensor(0.7, dtype=D)))
@@ -73,6 +73,23 @@ def test_references_weigh_the_priors_draws(shape, generator):
             seen = MultivariateNormal(y[b], 0.49 * torch.eye(2, dtype=D)).log_prob(references.x.abs())
             torch.testing.assert_close(got[*index, b], (near + 1.5 * seen).softmax(0) @ references.x)
     assert not got[..., 2, :].any()
+
+
+def test_draws_that_y_rules_out_are_left_out(generator):
+    """Alike whether a state comes alone, with weight 0, or among many of its y, from which those draws are gathered."""
+    prior = GaussianMixturePrior.random(3, 4, 0, D, steps=5)
+    posterior = Posterior(prior, linear_problem(3, std=0.1), width=8)
+    references, y = posterior.references, torch.randn((2, 2), generator=generator, dtype=D)
+    log_likelihood = posterior._likelihood_of(references, y)
+    kept = log_likelihood > log_likelihood.amax(0) - 20
+    assert bool((kept.double().mean(0) < 0.5).all())
+    x_t, t, wanted = torch.randn((40, 2, 3), generator=generator, dtype=D), prior.times[1], torch.tensor(True)
+    together = references(x_t, t, log_likelihood, wanted)
+    torch.testing.assert_close(references(x_t[:1], t, log_likelihood, wanted), together[:1])
+    every = (log_likelihood + torch.where(kept, 0.0, -torch.inf)).T
+    alpha, sigma = prior.schedule.alpha_sigma(t)
+    near = MultivariateNormal(x_t[:, :, None], sigma**2 * torch.eye(3, dtype=D)).log_prob(alpha * references.x)
+    torch.testing.assert_close(together, (near + every).softmax(-1) @ references.x)
 
 
 def test_references_take_part_where_modes_are_undecided_only():
