@@ -192,7 +192,7 @@ class ResidualMLP(nn.Module):
         return prior.denoise(x_t, t), gaussian_error(prior, t) if error is None else error
 
     def forward(self, prior: Prior, x_t: Tensor, t: Tensor, condition: Tensor, move: Tensor | None, x_0: Tensor) -> tuple[Tensor, Tensor]:
-        if not torch.is_grad_enabled() and not self.last.weight.any() and not self.last.bias.any():
+        if not torch.is_grad_enabled() and not any(p.any() for p in self.last.parameters()):
             return x_0, torch.zeros_like(x_0)  # not trained: f = 0
         shape, event_dim = x_t.shape, len(prior.shape)
         x_t, x_0 = x_t.flatten(-event_dim), x_0.flatten(-event_dim)
