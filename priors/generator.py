@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from priors.mixture import default_schedule
 from rtb_inverse.chains import Prior
 from rtb_inverse.checks import check_count
+from rtb_inverse.distributions import GaussianStep
 from rtb_inverse.networks import gaussian_error, gaussian_estimate
 from rtb_inverse.schedules import Schedule
 
@@ -88,6 +89,11 @@ class GeneratorPrior(Prior):
     def decode(self, x_0):
         x = self.generator(x_0.reshape(-1, *self.shape))
         return x.reshape(*x_0.shape[: x_0.ndim - len(self.shape)], *x.shape[1:])
+
+    @property
+    def distribution(self) -> GaussianStep:
+        """p(z) = N(0, I)."""
+        return GaussianStep(torch.zeros(self.shape, **self._options()), self.anchor + 1, len(self.shape))
 
     def sample(self, n, generator=None, progress=False):
         """n draws of z (n, *shape), without the chain; `decode` makes x of them."""

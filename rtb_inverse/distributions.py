@@ -77,6 +77,12 @@ class GaussianStep(SeededDistribution):
         flat = z.flatten(z.ndim - len(self.event_shape))
         return (flat + (flat @ self.basis * factor) @ self.basis.T).reshape(z.shape)
 
+    def times_covariance(self, v: Tensor) -> Tensor:
+        """C v for each v of (*batch, *shape)."""
+        if self.basis is None:
+            return self.scale**2 * v
+        return self.scale * self._along_basis(self.scale * v, self.ratio**2 - 1)
+
     def rsample(self, sample_shape=torch.Size(), generator=None):
         shape = torch.Size(sample_shape) + self.loc.shape
         noise = torch.randn(shape, generator=generator, device=self.loc.device, dtype=self.loc.dtype)

@@ -1,0 +1,54 @@
+r"""The preconditioned Crank-Nicolson chain (Cotter, Roberts, Stuart, White 2013, arXiv 1202.0709) for x_0 ~ N(m, C):
+
+    x' = m + cos(a) (x - m) + sin(a) (xi - m),      xi ~ N(m, C),
+
+which leaves the prior as it is, so that the ratio of likelihoods alone decides whether x' is taken, in any number of dimensions.
+"""
+
+import torch
+from torch import Generator, Tensor
+
+from rtb_inverse.baselines.markov import run_chains
+from rtb_inverse.chains import Prior
+from rtb_inverse.particles import Particles
+from rtb_inverse.problems import InverseProblem
+from rtb_inverse.schedules import expand
+
+
+@torch.no_grad()
+def pcn(
+    prior: Prior, problem: InverseProblem, y: Tensor | None = None, n: int = 64, generator: Generator | None = None, *,
+    steps: int = 1000, burn_in: int = 1000, step_size: float = 0.1, kept: int = 1, start: Tensor | None = None, progress: bool = False,
+) -> Particles:  # fmt: skip
+    """Preconditioned Crank-Nicolson.
+
+    Args:
+        prior: of a Gaussian x_0: `GaussianPrior`, or `GeneratorPrior`.
+        problem: any likelihood, differentiable or not; bound to the prior's shape here.
+        y: observations, (B, *y_shape); None for a `Reward`.
+        n: chains for each observation.
+        steps: of each chain, after the burn-in.
+        burn_in: steps in which each observation's step size is brought to an acceptance of a quarter.
+        step_size: the angle a to start from, in (0, pi / 2].
+        kept: states of each chain that are returned, at equal distances over the steps.
+        start: x_0 in the chain's space, (n, B, *shape); by default draws of the prior.
+
+    Returns:
+        Particles(x (kept n, B, *data_shape), log_w = 0, but -inf where a chain has found no x that y allows), with info: `acceptance`,
+        `step_size` (B,), `evaluations` of the likelihood for each draw, `r_hat` and `effective_draws` (B,) of all steps of all chains, of
+        8 random projections of x_0.
+
+    Raises:
+        ValueError: bad arguments; a prior whose x_0 is not Gaussian; a likelihood of NaN or +inf.
+    """
+
+    def move(law, log_likelihood, x, log_lik, angle, generator):
+        a = expand(angle, x[0])
+        proposal = law.mean + a.cos() * (x - law.mean) + a.sin() * (law.sample(x.shape[:2], generator) - law.mean)
+        other = log_likelihood(proposal)
+        return proposal, other, other - log_lik
+
+    return run_chains(
+        "pcn", prior, problem, y, n, generator, move=move, goal=0.25, cost=1, steps=steps, burn_in=burn_in, step_size=step_size, kept=kept,
+        start=start, progress=progress,
+    )  # fmt: skip
