@@ -40,7 +40,7 @@ class GeneratorPrior(Prior):
             that is not frozen.
     """
 
-    exact_reversal = True
+    exact_reversal = white = True
     anchor: Tensor
 
     def __init__(

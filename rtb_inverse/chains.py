@@ -91,12 +91,12 @@ class Prior(Chain):
         min_std: floor of the standard deviation of every step; it makes the last "small" step a distribution.
 
     `exact_reversal` says that the chain's paths are those of the forward process run backwards, at any number of steps (a mixture's
-    are; a network's in Gaussian steps are not).
+    are; a network's in Gaussian steps are not). `white` says that x_0 ~ N(0, I), too.
 
     A plain `decode` (the identity) means that data and chain share a space; `data_shape` is the shape of decode(x_0).
     """
 
-    exact_reversal = False
+    exact_reversal = white = False
     _data_shape: torch.Size | None = None  # once it is known
 
     def __init__(self, shape, schedule, steps, eta: float = 1.0, variance: str = "analytic", min_std: float = 0.01):
@@ -161,7 +161,7 @@ class Prior(Chain):
         across = (sd2 + gain2 * error).maximum(floor)
         # of the variance across, this share comes from not knowing x_0, of which `shrink` is left along the basis
         unknown = (gain2 * error / across).expand(*error.shape[: error.ndim - len(self.shape)], *self.shape)
-        share = unknown.flatten(unknown.ndim - len(self.shape)) @ update.basis.to(unknown) ** 2
+        share = torch.einsum("...d,...dm->...m", unknown.flatten(unknown.ndim - len(self.shape)), update.basis.to(unknown) ** 2)
         ratio = (1 - share * (1 - update.shrink)).clamp_min(1e-6).sqrt().to(x_t.dtype)
         scale = across.sqrt().to(x_t.dtype)
         return GaussianStep(mean, scale * _exp(log_scale), len(self.shape), update.basis, ratio)

@@ -22,6 +22,11 @@ def draw(distribution: Distribution, generator: Generator | None = None) -> Tens
         return distribution.sample()
 
 
+def along(v: Tensor, basis: Tensor) -> Tensor:
+    """V^T v for v (*batch, d) and a basis V (d, m), or one for each of the batch's last axes: (*batch, m)."""
+    return v @ basis if basis.ndim == 2 else torch.einsum("...d,...dm->...m", v, basis)
+
+
 class SeededDistribution(Distribution):
     """A torch distribution whose `sample` takes a `torch.Generator`."""
 
@@ -49,7 +54,7 @@ class GaussianStep(SeededDistribution):
         loc: mean, (*batch, *shape).
         scale: standard deviations > 0, broadcastable to loc.
         event_dim: number of event axes.
-        basis: (d, m) with orthonormal columns, d = number of elements of an event.
+        basis: (d, m) or (*batch or ones, d, m), with orthonormal columns, d = number of elements of an event.
         ratio: (*batch or ones, m), > 0.
     """
 
@@ -69,13 +74,13 @@ class GaussianStep(SeededDistribution):
         variance = (self.scale**2).expand(self.loc.shape)
         if self.basis is None:
             return variance
-        share = torch.einsum("...m,dm->...d", self.ratio**2 - 1, self.basis**2)
+        share = torch.einsum("...m,...dm->...d", self.ratio**2 - 1, self.basis**2)
         return variance * (1 + share).reshape(share.shape[:-1] + self.event_shape)
 
     def _along_basis(self, z: Tensor, factor: Tensor) -> Tensor:
         """(I + V diag(factor) V^T) z."""
         flat = z.flatten(z.ndim - len(self.event_shape))
-        return (flat + (flat @ self.basis * factor) @ self.basis.T).reshape(z.shape)
+        return (flat + along(along(flat, self.basis) * factor, self.basis.mT)).reshape(z.shape)
 
     def times_covariance(self, v: Tensor) -> Tensor:
         """C v for each v of (*batch, *shape)."""
@@ -97,7 +102,7 @@ class GaussianStep(SeededDistribution):
         log_density = log_density.flatten(log_density.ndim - len(self.event_shape)).sum(-1)
         if self.basis is None:
             return log_density
-        u = z.flatten(z.ndim - len(self.event_shape)) @ self.basis
+        u = along(z.flatten(z.ndim - len(self.event_shape)), self.basis)
         return log_density - (0.5 * u**2 * (self.ratio**-2 - 1) + self.ratio.log()).sum(-1)
 
     def expected_log_prob(self, mean: Tensor, sd: Tensor) -> Tensor:
@@ -106,5 +111,5 @@ class GaussianStep(SeededDistribution):
         precision = (self.scale**-2).expand(self.loc.shape).flatten(self.loc.ndim - len(self.event_shape))
         trace = precision.sum(-1)
         if self.basis is not None:
-            trace = trace + ((self.ratio**-2 - 1) * (precision @ self.basis**2)).sum(-1)
+            trace = trace + ((self.ratio**-2 - 1) * along(precision, self.basis**2)).sum(-1)
         return self.log_prob(mean) - 0.5 * expand(sd, trace) ** 2 * trace

@@ -36,7 +36,7 @@ class Update:
     Attributes:
         delta: (*batch, *shape).
         shrink: factor on the variance: (*batch or ones, *shape); along `basis`, (*batch or ones, m); None where it is not known.
-        basis: (d, m), orthonormal, in units of r_t; None where the variance shrinks element by element.
+        basis: (d, m), or (*batch or ones, d, m), orthonormal, in units of r_t; None where the variance shrinks element by element.
         level: the variance across the basis, (*batch or ones); None: the denoiser's error r_t^2, element by element.
     """
 

@@ -1,6 +1,5 @@
 r"""The trainable chain q(tau | y): a conditional copy of the prior's chain, and log Z(y)."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from rtb_inverse import checkpoints
 from rtb_inverse.chains import Chain, Prior, rollout
 from rtb_inverse.checks import check_choice, check_count, check_positive
 from rtb_inverse.guidance import Guide, Update, covariance_guidance, guidance
+from rtb_inverse.laplace import laplace_guidance
 from rtb_inverse.networks import ConditionalUNet, LogZ, ResidualMLP, gaussian_error, on_grid
 from rtb_inverse.particles import Particles
 from rtb_inverse.problems import InverseProblem, Reward
@@ -18,6 +18,7 @@ from rtb_inverse.references import References
 from rtb_inverse.schedules import expand
 
 WAVES_LIMIT = 128  # elements of an x whose Fourier features a perceptron sees
+REFERENCES_LIMIT = 64  # elements of a generator's z, from where none of its draws is near what y allows
 LIKELIHOOD_CHUNK = 2**24  # elements of y that the references are compared with at once
 
 
@@ -60,10 +61,13 @@ class Posterior(Chain):
         self.prior = prior.requires_grad_(False)
         self.problem = problem.bind(prior.data_shape)
         self.beta = check_positive("beta", beta)
-        self.guide = covariance_guidance(problem, prior, beta) or guidance(
-            problem, prior.decode if prior.decodes else None, len(prior.shape)
+        self.guide = (
+            laplace_guidance(problem, prior, beta)
+            or covariance_guidance(problem, prior, beta)
+            or guidance(problem, prior.decode if prior.decodes else None, len(prior.shape))
         )
-        references = prior.exact_reversal and self.amortised and not (self.guide is not None and self.guide.exact)
+        few = not prior.white or prior.shape.numel() <= REFERENCES_LIMIT
+        references = prior.exact_reversal and self.amortised and few and not (self.guide is not None and self.guide.exact)
         can_guide = self.guide is not None or references
         self.start = check_choice("start", start or ("guided" if can_guide else "prior"), ("guided", "prior"))
         if self.start == "guided" and not can_guide:
@@ -119,9 +123,14 @@ class Posterior(Chain):
         return references.measure(self.prior, guided, simulate, lambda y: self._likelihood_of(references, y))
 
     def _likelihood_of(self, references: References, y: Tensor) -> Tensor:
-        """(M, B), a few observations at a time."""
-        at_once = max(1, LIKELIHOOD_CHUNK // (len(references.x) * max(1, self.problem.y_shape.numel())))
-        parts = [self.problem.log_likelihood(references.data[:, None], part) for part in y.split(at_once)]
+        """(M, B), a few observations at a time; the operator is asked once."""
+        problem, at_once = self.problem, max(1, LIKELIHOOD_CHUNK // (len(references.x) * max(1, self.problem.y_shape.numel())))
+        if type(problem).log_likelihood is InverseProblem.log_likelihood:
+            if references.clean is None:
+                references.clean = problem(references.data)
+            parts = [problem.noise.log_prob(references.clean[:, None], part, len(problem.y_shape)) for part in y.split(at_once)]
+        else:
+            parts = [problem.log_likelihood(references.data[:, None], part) for part in y.split(at_once)]
         return self.beta * torch.cat(parts, 1)
 
     def train(self, mode: bool = True) -> "Posterior":
@@ -182,8 +191,10 @@ class Posterior(Chain):
             update = guide(x_0, y, self.beta * self.error(t), at)
         if reference is not None:
             delta = torch.lerp(update.delta, reference - first, share)
-            known = guide is not None and guide.per_observation and update.shrink is not None
-            update = replace(update, delta=delta) if known else self.references.left(k, delta)
+            if guide is not None and guide.per_observation and update.shrink is not None:
+                update = self.references.joined(k, update, delta)
+            else:
+                update = self.references.left(k, delta)
         estimate = x_0 + expand(self.gate[k], x_0) * update.delta
         clip = self.schedule.clip_sample
         return (estimate if clip is None else estimate.clamp(-clip, clip)), log_scale, update

@@ -11,12 +11,14 @@ measured on pairs (x_0, y) of the joint distribution, and so is what is left of 
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from rtb_inverse.chains import Prior
 from rtb_inverse.guidance import Update
+from rtb_inverse.schedules import expand
 
 SIZES = 2048, 32768  # fewest and most draws; 1,024 for each element of x between
 ELEMENTS = 2**22  # of all draws together, here or in data space
@@ -42,13 +44,14 @@ class References(nn.Module):
         size: how many draws, M; by default more for larger x.
 
     Attributes:
-        x: the draws, (M, *shape); data: in data space.
+        x: the draws, (M, *shape); data: in data space; clean: what an operator made of them, for its owner to keep.
         share: w_t of the K steps, the last step first, (K,).
         shrink, level: what is left of the variance there (`guidance.Update`).
     """
 
     x: Tensor
     decoded: Tensor | None
+    clean: Tensor | None
     share: Tensor
     shrink: Tensor
     level: Tensor
@@ -62,6 +65,7 @@ class References(nn.Module):
         K, options = prior.steps, prior._options()
         self.register_buffer("x", prior.sample(size, torch.Generator(options["device"]).manual_seed(0)))
         self.register_buffer("decoded", decoded(prior, self.x) if prior.decodes else None, persistent=False)
+        self.register_buffer("clean", None, persistent=False)
         self.register_buffer("basis", basis, persistent=False)
         self.register_buffer("share", torch.zeros(K, **options))
         self.register_buffer("level", torch.zeros(K, dtype=torch.float64, device=options["device"]))
@@ -146,3 +150,10 @@ class References(nn.Module):
         if self.basis is None:
             return Update(delta, self.shrink[k])
         return Update(delta, self.shrink[k], self.basis.to(delta), self.level[k])
+
+    def joined(self, k: Tensor, update: Update, delta: Tensor) -> Update:
+        """`delta`, and what a guide says is left for each observation, joined with the average measured at steps k by their share."""
+        shrink, share = self.shrink[k], self.share[k].to(self.shrink)
+        if update.basis is not None:
+            shrink = torch.einsum("...d,...dm->...m", shrink.flatten(shrink.ndim - len(self.shape)), update.basis.to(shrink) ** 2)
+        return replace(update, delta=delta, shrink=torch.lerp(update.shrink, shrink, expand(share, update.shrink)))

@@ -32,20 +32,36 @@ def ray_sums(n: int, degrees: Tensor) -> tuple[Tensor, Tensor, int]:
     return matrix.indices(), matrix.values().float(), N
 
 
+def ramp(N: int) -> Tensor:
+    """Convolution of N detector cells with the ramp filter |frequency|, (N, N) (Kak and Slaney 1988, chapter 3, equation 61)."""
+    lag = (torch.arange(N)[:, None] - torch.arange(N)).double()
+    odd = -1 / (torch.pi * lag).square().where(lag != 0, 1.0)
+    return torch.where(lag == 0, 0.25, torch.where(lag % 2 == 1, odd, 0.0)).float()
+
+
 class Projection(nn.Module):
-    """The line integrals of x - air, in widths of the image: (M, C, n, n) to (M, C, N, angles)."""
+    """The line integrals of x - air, in widths of the image: (M, C, n, n) to (M, C, N, angles).
+
+    Args:
+        n: pixels along each side.
+        angles, arc: see `Tomography`.
+        air: the value of x where nothing is.
+    """
 
     degrees: Tensor
     indices: Tensor
     values: Tensor
+    ramp: Tensor
 
-    def __init__(self, n: int, degrees: Tensor, air: float):
+    def __init__(self, n: int, angles: int, arc: float, air: float):
         super().__init__()
+        degrees = torch.arange(check_count("angles", angles)) * (check_ratio("arc", arc, 180) / angles)
         indices, values, self.detectors = ray_sums(n, degrees)
-        self.n, self.air = n, air
+        self.n, self.step, self.air = n, math.radians(arc) / angles, air
         self.register_buffer("degrees", degrees)
         self.register_buffer("indices", indices, persistent=False)
         self.register_buffer("values", values / n, persistent=False)
+        self.register_buffer("ramp", ramp(self.detectors), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         size = (self.detectors * len(self.degrees), self.n**2)
@@ -53,12 +69,11 @@ class Projection(nn.Module):
         planes = (x - self.air).reshape(-1, self.n**2)
         return (matrix @ planes.T).T.reshape(*x.shape[:2], self.detectors, len(self.degrees))
 
-
-def ramp(N: int) -> Tensor:
-    """Convolution of N detector cells with the ramp filter |frequency|, (N, N) (Kak and Slaney 1988, chapter 3, equation 61)."""
-    lag = (torch.arange(N)[:, None] - torch.arange(N)).double()
-    odd = -1 / (torch.pi * lag).square().where(lag != 0, 1.0)
-    return torch.where(lag == 0, 0.25, torch.where(lag % 2 == 1, odd, 0.0)).float()
+    def filtered_back_projection(self, y: Tensor) -> Tensor:
+        """air + (arc / angles) A^T ramp(y), from line integrals (M, C, N, angles) to images (M, C, n, n)."""
+        zero = y.new_zeros((*y.shape[:2], self.n, self.n))
+        pull = torch.func.vjp(self, zero)[1]  # type: ignore[misc]  # three only with has_aux
+        return self.air + self.step * self.n**2 * pull(self.ramp.to(y.dtype) @ y)[0]
 
 
 class Tomography(LinearTask):
@@ -77,16 +92,13 @@ class Tomography(LinearTask):
         ValueError: no angles; an arc outside (0, 180]; a shape that is not (C, n, n); noise_std <= 0.
     """
 
-    ramp: Tensor
+    operator: Projection
 
     def __init__(self, shape, angles: int = 15, arc: float = 180.0, noise_std: float = 0.02, air: float = -1.0):
         shape = image_shape(shape, square=True)
-        degrees = torch.arange(check_count("angles", angles)) * (check_ratio("arc", arc, 180) / angles)
-        super().__init__(Projection(shape[-1], degrees, float(air)), shape, noise_std, angles=angles, arc=float(arc), air=float(air))
-        self.register_buffer("ramp", ramp(self.y_shape[1]), persistent=False)
+        projection = Projection(shape[-1], angles, arc, float(air))
+        super().__init__(projection, shape, noise_std, angles=angles, arc=float(arc), air=float(air))
 
     def condition(self, y):
-        """Filtered back-projection, air + (arc / angles) A^T ramp(y), (B, C, n, n)."""
-        pull = torch.func.vjp(self.operator, y.new_zeros((len(y), *self.shape)))[1]  # type: ignore[misc]  # three only with has_aux
-        step = math.radians(self.config["arc"]) / self.config["angles"]
-        return self.config["air"] + step * self.shape[-1] ** 2 * pull(self.ramp.to(y.dtype) @ y)[0]
+        """Filtered back-projection, (B, C, n, n)."""
+        return self.operator.filtered_back_projection(y)

@@ -35,6 +35,7 @@ RANK = {
     "chains": 3,
     "guidance": 4,
     "networks": 4,
+    "laplace": 5,
     "references": 5,
     "posterior": 6,
     "behaviours": 7,

@@ -42,7 +42,8 @@ def hmc(
     Raises:
         ValueError: bad arguments; a prior whose x_0 is not Gaussian; an operator without gradient; a likelihood that is not finite.
     """
-    check_count("leaps", leaps), check_differentiable("hmc", problem.bind(prior.data_shape))
+    check_count("leaps", leaps)
+    check_differentiable("hmc", problem.bind(prior.data_shape))
 
     def move(law, log_likelihood, x, log_lik, angle, generator):
         m, e = law.mean, expand(angle, x[0])

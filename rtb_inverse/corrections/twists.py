@@ -6,6 +6,7 @@ guide knows (`guidance`): its covariance C, at the very state, on average, or r_
 
     psi_t = N(y; A x0hat, A C A^T + sigma^2 / beta).
 
+For a white prior, e.g. the z of a generator, the Laplace approximation stands in for that (`laplace`), whatever the operator and the noise.
 Where x_0 is not yet decided among far modes no Gaussian is right, and the posterior's `References` x_i say what the evidence is,
 
     psi_t = sum_i w_i p(y | x_i)^beta / sum_i w_i,    w_i = N(x_t; alpha_t x_i, sigma_t^2),
@@ -25,6 +26,7 @@ from rtb_inverse.chains import Prior
 from rtb_inverse.checks import check_choice
 from rtb_inverse.distributions import GaussianStep
 from rtb_inverse.guidance import AffineGuide, DenseGuidance, LocalGuidance, MaskGuidance
+from rtb_inverse.laplace import LaplaceGuidance
 from rtb_inverse.particles import check_below_infinity
 from rtb_inverse.posterior import Posterior
 from rtb_inverse.problems import GaussianNoise
@@ -47,7 +49,7 @@ def make_twist(posterior: Posterior, y: Tensor | None, name: str | None) -> Twis
         ValueError: an unknown name; "guide" where the guide is none of an affine operator's and the posterior has no references.
     """
     references = None if y is None else posterior.references
-    gaussian = y is not None and isinstance(posterior.guide, AffineGuide | MaskGuidance | DenseGuidance)
+    gaussian = y is not None and isinstance(posterior.guide, AffineGuide | MaskGuidance | DenseGuidance | LaplaceGuidance)
     guided = gaussian or references is not None
     name = check_choice("twist", ("guide" if guided else "likelihood") if name is None else name, TWISTS)
     if name == "none":
@@ -90,6 +92,8 @@ def twist_log_likelihood(posterior: Posterior, estimate: Tensor, t: Tensor, y: T
 def gaussian_log_evidence(posterior: Posterior, x_t: Tensor, estimate: Tensor, t: Tensor, y: Tensor) -> Tensor:
     """log N(y; A x0hat, A C A^T + sigma^2 / beta), (N, B), with the covariance C that the posterior's guide has; whitened by sigma."""
     guide: Any = posterior.guide
+    if isinstance(guide, LaplaceGuidance):
+        return guide.log_evidence(estimate, y, guide.at(x_t, t))
     if isinstance(guide, MaskGuidance):
         noise_variance = guide.noise_variance[guide.mask] / posterior.beta
         residual = (y.flatten(1) - estimate[..., guide.mask]).double() * noise_variance.rsqrt()

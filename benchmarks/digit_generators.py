@@ -1,0 +1,156 @@
+"""Posteriors in the noise space of the shipped generators of 8x8 digits, against Markov chains in z at equal evaluations of f:
+
+    python benchmarks/digit_generators.py [--seconds 60] [--observations 8] [--draws 128] [--output FOLDER]
+
+For the VAE and the GAN: a box hidden, noise_std 0.1, and a class, by a small classifier that is trained here in seconds; y is simulated.
+The truth is 64 long chains of Hamiltonian Monte Carlo from draws of the prior, whose R-hat is said.
+
+    log p(y | x)    mean over draws, the reward
+    diversity       root mean square distance of a draw from the mean of its observation's draws
+    SW / floor      sliced Wasserstein of x to the truth, over that of two halves of the truth
+    ELBO, log Z     of the path weights; ESS / n
+    evaluations     of f for each draw; ours look for the mode once for each y, for all its draws
+    s per 1,000     CPU seconds for 1,000 draws; training apart
+
+One thread; writes digit_generators.md, and digit_generators_vae.png and _gan.png: for each of eight y of the box, seven draws of ours.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from priors import DigitGenerator, GeneratorPrior, digits
+from rtb_inverse import InverseProblem, Posterior, fit, importance, smc
+from rtb_inverse.baselines import hmc, pcn
+from rtb_inverse.diagnostics import sliced_wasserstein
+from rtb_inverse.particles import Particles
+from rtb_inverse.plots import image_grid
+from tasks import ClassConstraint, Inpainting
+
+LONG = {"steps": 300, "burn_in": 300, "leaps": 8, "kept": 8}  # the truth, 64 chains
+HEAD = [
+    "problem",
+    "method",
+    "log p(y given x)",
+    "diversity",
+    "SW / floor",
+    "ELBO",
+    "log Z",
+    "ESS / n",
+    "evaluations",
+    "CPU s per 1,000 draws",
+]
+
+
+class Counted(nn.Module):
+    """A generator that counts how many z it was asked for."""
+
+    def __init__(self, generator: nn.Module):
+        super().__init__()
+        self.generator, self.calls = generator, 0
+
+    def forward(self, z: Tensor) -> Tensor:
+        self.calls += len(z)
+        return self.generator(z)
+
+
+def classifier() -> nn.Module:
+    """Of 8x8 digits, trained on the 1,497 that are not held out."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Dropout(0.2), nn.Linear(64, 10))
+    optimizer, (x, c) = torch.optim.AdamW(network.parameters(), 3e-3, weight_decay=1e-2), digits()
+    for _ in range(500):
+        index = torch.randint(len(x), (256,))
+        loss = cross_entropy(network(x[index] + 0.3 * torch.randn_like(x[index])), c[index])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    x, c = digits(held_out=True)
+    print(f"classifier: {float((network.eval()(x).argmax(1) == c).double().mean()):.3f} of the held-out digits")
+    return network
+
+
+class Comparison:
+    """One generator and one problem."""
+
+    def __init__(self, name: str, label: str, problem: InverseProblem, observations: int, draws: int):
+        self.label, self.problem, self.n, self.lines = f"{name}, {label}", problem, draws, []
+        self.generator = Generator().manual_seed(0)
+        self.counted = Counted(DigitGenerator.from_pretrained(f"priors/digits_{name}"))
+        self.prior = GeneratorPrior(self.counted, self.counted.generator.latent)
+        problem.bind(self.prior.data_shape)
+        self.y = problem.simulate(self.prior.decode(self.prior.sample(observations, self.generator)), self.generator)
+        truth = hmc(self.prior, problem, self.y, 64, self.generator, **LONG)
+        self.truth, self.r_hat = truth.x, float(truth.info["r_hat"].max())
+        self.floor = sliced_wasserstein(truth.x[::2], truth.x[1::2], generator=Generator().manual_seed(1))
+
+    def add(self, method: str, sample: Callable[..., Particles], proposal: bool = False) -> Particles:
+        """`proposal`: draws are judged as they come, their weights for the bounds only."""
+        self.counted.calls, start = 0, time.process_time()
+        draws = sample(y=self.y, n=self.n, generator=Generator().manual_seed(3))
+        seconds, calls = time.process_time() - start, self.counted.calls / draws.log_w.numel()
+        weighted = bool(draws.log_w.any())
+        x = draws.x if proposal or not weighted else draws.resample(self.n, Generator().manual_seed(2)).x
+        far = sliced_wasserstein(x, self.truth[: len(x)], generator=Generator().manual_seed(1)) / self.floor
+        spread = (x - x.mean(0)).flatten(2).square().sum(-1).mean(0).sqrt()
+        cells = [f"{self.problem.log_likelihood(x, self.y).mean():.2f}", f"{spread.mean():.2f}"]
+        cells += [f"{far.mean():.2f} ± {far.std() / len(far) ** 0.5:.2f}", f"{draws.log_w.mean(0).mean():.2f}" if proposal else ""]
+        cells += [f"{draws.log_z.mean():.2f}", f"{(draws.ess / self.n).mean():.2f}"] if weighted else ["", ""]
+        self.lines.append(f"| {self.label} | {method} | {' | '.join(cells)} | {calls:.0f} | {1000 * seconds / draws.log_w.numel():.2g} |")
+        return draws
+
+    def trained(self, seconds: float) -> Posterior:
+        """For about that many CPU seconds."""
+        options = {"bounds": 0, "progress": False, "states": 256, "observations": 16, "draws": 8}
+        start = time.process_time()
+        fit(Posterior(self.prior, self.problem), 6, 0, warm_start=1.0, **options)
+        steps = max(20, int(6 * seconds / (time.process_time() - start)))
+        posterior = Posterior(self.prior, self.problem)
+        return fit(posterior, steps, 0, warm_start=0.9, **options)
+
+    def run(self, seconds: float) -> Tensor:
+        """All methods; the draws of ours, (N, B, 1, 8, 8)."""
+        prior, problem = self.prior, self.problem
+        for method, steps in {"pCN, 80": 40, "pCN, 800": 400}.items():
+            self.add(method, lambda steps=steps, **a: pcn(prior, problem, steps=steps, burn_in=steps, **a))
+        for method, leaps, steps in (("MALA, 80", 1, 20), ("HMC, 80", 7, 5), ("HMC, 800", 7, 50)):
+            self.add(method, lambda leaps=leaps, steps=steps, **a: hmc(prior, problem, leaps=leaps, steps=steps, burn_in=steps, **a))
+        self.add("prior, importance", lambda **a: importance(Posterior(prior, problem, start="prior"), **a), proposal=True)
+        untrained = Posterior(prior, problem)
+        self.add("ours, untrained", lambda **a: importance(untrained, **a), proposal=True)
+        start = time.process_time()
+        posterior = self.trained(seconds)
+        draws = self.add(f"ours, {time.process_time() - start:.0f} s of training", lambda **a: importance(posterior, **a), proposal=True)
+        self.add("ours, SMC", lambda **a: smc(posterior, **a))
+        return draws.x
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=60.0, help="CPU seconds of each training")
+    parser.add_argument("--observations", type=int, default=8)
+    parser.add_argument("--draws", type=int, default=128)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    lines, seen = [f"| {' | '.join(HEAD)} |", "|---" * len(HEAD) + "|"], classifier()
+    for name in ("vae", "gan"):
+        for label, problem in {"box": Inpainting((1, 8, 8), mask="box", noise_std=0.1), "class": ClassConstraint(seen)}.items():
+            comparison = Comparison(name, label, problem, args.observations, args.draws)
+            x = comparison.run(args.seconds)
+            lines += comparison.lines
+            print(f"{comparison.label}: R-hat of the truth {comparison.r_hat:.3f}")
+            if label == "box":
+                y = comparison.y[:8]
+                shown = [problem.condition(y)[:, :1], *x[:7, :8]]
+                image_grid(torch.stack(shown, 1).flatten(0, 1), args.output / f"digit_generators_{name}.png", columns=8)
+            (args.output / "digit_generators.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

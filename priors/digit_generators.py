@@ -1,0 +1,147 @@
+r"""Small generators x = f(z), z ~ N(0, I), of 8x8 digits, for `GeneratorPrior`: the decoder of a variational autoencoder, and a GAN.
+
+    VAE     minimise E_q(z | x) |x - f(z)|^2 / (2 s^2) + KL(q(z | x) | N(0, I)),   q diagonal Gaussian (Kingma and Welling 2014)
+    GAN     f against a critic D of x:  softplus(-D(x)) + softplus(D(f(z))) + (g / 2) |grad D(x)|^2 for D, softplus(-D(f(z))) for f
+            (Mescheder, Geiger, Nowozin 2018, arXiv 1801.04406: R1, which makes it converge)
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from priors.generator import GeneratorPrior
+from rtb_inverse.averaging import ExponentialMovingAverage
+from rtb_inverse.checkpoints import load_into, load_weights, save_tensors
+from rtb_inverse.checks import check_count, check_positive, check_writable
+
+SHAPE = (1, 8, 8)
+FILE, CONFIG = "generator.safetensors", "generator_config.json"
+
+
+def perceptron(inputs: int, outputs: int, width: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(inputs, width), nn.LeakyReLU(0.2), nn.Linear(width, width), nn.LeakyReLU(0.2), nn.Linear(width, outputs)
+    )  # fmt: skip
+
+
+class DigitGenerator(nn.Module):
+    """z (M, latent) to x (M, 1, 8, 8) in [-1, 1]."""
+
+    def __init__(self, latent: int = 16, width: int = 128):
+        super().__init__()
+        self.latent, self.width = check_count("latent", latent), check_count("width", width)
+        self.layers = perceptron(latent, 64, width)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.layers(z).tanh().reshape(-1, *SHAPE)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write weights (safetensors) and sizes as `from_pretrained` reads them."""
+        save_tensors(self.state_dict(), Path(folder) / FILE)
+        (Path(folder) / CONFIG).write_text(json.dumps({"latent": self.latent, "width": self.width}) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "DigitGenerator":
+        """The generator of a folder that `save_pretrained` wrote.
+
+        Raises:
+            FileNotFoundError: no weights there. ValueError: truncated or pickled weights, or those of another network.
+        """
+        if not (Path(folder) / CONFIG).is_file():
+            raise FileNotFoundError(f"folder: {str(folder)!r} holds no {CONFIG}, expected what DigitGenerator.save_pretrained wrote")
+        generator = cls(**json.loads((Path(folder) / CONFIG).read_text()))
+        load_into(generator, load_weights(Path(folder) / FILE), Path(folder) / FILE)
+        return generator
+
+    @classmethod
+    def prior(cls, folder: str | Path, steps: int = 40) -> GeneratorPrior:
+        """A `GeneratorPrior` of such a folder: "priors/digits_vae", "priors/digits_gan", or your own."""
+        generator = cls.from_pretrained(folder)
+        return GeneratorPrior(generator, generator.latent, steps=steps)
+
+
+class VAETraining(LightningModule):
+    """
+    Args:
+        output: folder for the finished generator; must be writable, which is tried before any work.
+        latent, width: of the generator. lr: learning rate, which falls to 0 along a cosine. std: s > 0, of x about f(z).
+    """
+
+    def __init__(self, output: str, latent: int = 16, width: int = 128, lr: float = 1e-3, std: float = 0.2):
+        super().__init__()
+        self.generator, self.encoder = DigitGenerator(latent, width), perceptron(64, 2 * latent, width)
+        self.output, self.lr, self.std = check_writable("output", output), check_positive("lr", lr), check_positive("std", std)
+
+    def loss(self, x: Tensor) -> Tensor:
+        """Minus the evidence bound of x (M, 1, 8, 8), per image, but for a constant."""
+        mean, log_std = self.encoder(x.flatten(1)).chunk(2, 1)
+        z = mean + log_std.exp() * torch.randn_like(mean)
+        misfit = (x - self.generator(z)).square().flatten(1).sum(1) / (2 * self.std**2)
+        return (misfit + 0.5 * (mean**2 + (2 * log_std).exp() - 1 - 2 * log_std).sum(1)).mean()
+
+    def training_step(self, batch, index):
+        loss = self.loss(batch[0])
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch, index):
+        self.log("val_loss", torch.stack([self.loss(batch[0]) for _ in range(8)]).mean(), prog_bar=True)
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.AdamW(self.parameters(), self.lr, weight_decay=1e-4)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, int(self.trainer.estimated_stepping_batches))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_end(self):
+        if self.trainer.is_global_zero:
+            self.generator.save_pretrained(self.output)
+
+
+class GANTraining(LightningModule):
+    """
+    Args:
+        output, latent, width, lr: as of `VAETraining`; the learning rate stays.
+        penalty: g > 0. ema_decay: of the averaged weights of the generator, which are the ones written.
+        blur: standard deviation, >= 0, of noise that real and made images get alike before the critic sees them.
+    """
+
+    def __init__(
+        self, output: str, latent: int = 16, width: int = 128, lr: float = 1e-3, penalty: float = 1.0, ema_decay: float = 0.999,
+        blur: float = 0.1,
+    ):  # fmt: skip
+        super().__init__()
+        self.automatic_optimization = False
+        self.generator, self.critic = DigitGenerator(latent, width), perceptron(64, 1, 2 * width)
+        self.output, self.lr, self.penalty = check_writable("output", output), check_positive("lr", lr), check_positive("penalty", penalty)
+        self.blur, self.ema = blur, ExponentialMovingAverage(self.generator.parameters(), ema_decay)
+
+    def judge(self, x: Tensor) -> Tensor:
+        return self.critic((x + self.blur * torch.randn_like(x)).flatten(1))[:, 0]
+
+    def make(self, n: int) -> Tensor:
+        return self.generator(torch.randn((n, self.generator.latent), device=self.device))
+
+    def training_step(self, batch, index):
+        for_critic, for_generator = self.optimizers()
+        x = batch[0].requires_grad_()
+        real = self.judge(x)
+        slope = torch.autograd.grad(real.sum(), x, create_graph=True)[0].square().flatten(1).sum(1)
+        loss = (softplus(-real) + softplus(self.judge(self.make(len(x)).detach())) + self.penalty / 2 * slope).mean()
+        for_critic.zero_grad(), self.manual_backward(loss), for_critic.step()
+        fooled = softplus(-self.judge(self.make(len(x)))).mean()
+        for_generator.zero_grad(), self.manual_backward(fooled), for_generator.step()
+        self.ema.update()
+        self.log_dict({"critic": loss, "generator": fooled}, prog_bar=True)
+
+    def configure_optimizers(self):
+        return [torch.optim.Adam(net.parameters(), self.lr, betas=(0.0, 0.99)) for net in (self.critic, self.generator)]
+
+    def on_train_end(self):
+        if self.trainer.is_global_zero:
+            self.ema.swap()
+            self.generator.save_pretrained(self.output)
+            self.ema.swap()
