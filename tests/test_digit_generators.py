@@ -1,0 +1,72 @@
+"""The shipped generators of digits, and the recipes that train them."""
+
+import pytest
+import torch
+
+from priors import DigitGenerator, digits, held_out_digits
+from priors.digit_generators import CONFIG, FILE, GANTraining, VAETraining
+from rtb_inverse import Posterior, evaluate
+from rtb_inverse.cli import run
+from rtb_inverse.evaluation import Observations
+from rtb_inverse.diagnostics import energy_distance
+from tasks import Inpainting
+
+
+@pytest.mark.parametrize("name", ["vae", "gan"])
+def test_shipped_generators_draw_digits(name, generator):
+    """Half as far from held-out digits as independent pixels of the same means and spreads are, and in [-1, 1]."""
+    prior = DigitGenerator.prior(f"priors/digits_{name}", steps=10)
+    x = prior.decode(prior.sample(1000, generator))
+    assert x.shape == (1000, 1, 8, 8) and float(x.abs().max()) <= 1
+    train, real = digits()[0].flatten(1), held_out_digits().flatten(1)
+    pixels = train.mean(0) + train.std(0) * torch.randn((1000, 64), generator=generator)
+    ours, theirs = (float(energy_distance(z.flatten(1)[:, None], real[:, None])) for z in (x, pixels.clamp(-1, 1)))
+    assert ours < theirs / 2
+    assert float(x.std(0).mean()) > 0.6 * float(real.std(0).mean())  # one picture over and over has none
+
+
+@pytest.mark.parametrize("name", ["vae", "gan"])
+def test_inpainting_in_noise_space(name, generator):
+    """Guided, untrained: the bounds of log Z are near each other, and the intervals cover."""
+    prior = DigitGenerator.prior(f"priors/digits_{name}", steps=20)
+    posterior = Posterior(prior, Inpainting((1, 8, 8), mask="box", noise_std=0.3), width=32)
+    x = prior.decode(prior.sample(12, generator))
+    report = evaluate(posterior, Observations(posterior.problem.simulate(x, generator), x), 64, generator).numbers
+    assert report["elbo"].value > report["log_z_is"].value - 12
+    assert report["log_likelihood"].value > report["log_likelihood_of_truth"].value - 12
+
+
+@pytest.mark.parametrize("training", [VAETraining, GANTraining])
+def test_the_recipes_run_and_save(training, tmp_path):
+    options = [f"--model={training.__module__}.{training.__name__}", f"--model.output={tmp_path}", "--model.latent=3", "--model.width=8"]
+    options += ["--data=priors.DigitsData", "--data.batch_size=16", "--trainer.max_steps=4", "--trainer.logger=false"]
+    options += ["--trainer.enable_checkpointing=false", "--trainer.accelerator=cpu", "--trainer.limit_val_batches=0"]
+    run(["fit", *options, "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"])
+    saved = DigitGenerator.from_pretrained(tmp_path)
+    assert saved.latent == 3 and saved(torch.zeros(2, 3)).shape == (2, 1, 8, 8)
+
+
+def test_the_vae_learns(tmp_path):
+    """A hundred steps lower what it minimises."""
+    x = digits()[0][:256]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        training = VAETraining(str(tmp_path), latent=4, width=32)
+        optimizer, before = torch.optim.Adam(training.parameters(), 3e-3), float(training.loss(x).detach())
+        for _ in range(100):
+            loss = training.loss(x)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        assert float(training.loss(x).detach()) < 0.7 * before
+
+
+def test_bad_folders(tmp_path):
+    with pytest.raises(FileNotFoundError, match=CONFIG):
+        DigitGenerator.prior(tmp_path)
+    DigitGenerator(latent=2, width=4).save_pretrained(tmp_path)
+    (tmp_path / FILE).write_bytes(b"pickle")
+    with pytest.raises(ValueError, match="safetensors"):
+        DigitGenerator.prior(tmp_path)
+    with pytest.raises(ValueError, match="latent"):
+        DigitGenerator(latent=0)
