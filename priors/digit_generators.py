@@ -1,8 +1,8 @@
 r"""Small generators x = f(z), z ~ N(0, I), of 8x8 digits, for `GeneratorPrior`: the decoder of a variational autoencoder, and a GAN.
 
-    VAE     minimise E_q(z | x) |x - f(z)|^2 / (2 s^2) + KL(q(z | x) | N(0, I)),   q diagonal Gaussian (Kingma and Welling 2014)
-    GAN     f against a critic D of x:  softplus(-D(x)) + softplus(D(f(z))) + (g / 2) |grad D(x)|^2 for D, softplus(-D(f(z))) for f
-            (Mescheder, Geiger, Nowozin 2018, arXiv 1801.04406: R1, which makes it converge)
+VAE     minimise E_q(z | x) |x - f(z)|^2 / (2 s^2) + KL(q(z | x) | N(0, I)),   q diagonal Gaussian (Kingma and Welling 2014)
+GAN     f against a critic D of x:  softplus(-D(x)) + softplus(D(f(z))) + (g / 2) |grad D(x)|^2 for D, softplus(-D(f(z))) for f
+        (Mescheder, Geiger, Nowozin 2018, arXiv 1801.04406: R1, which makes it converge)
 """
 
 import json

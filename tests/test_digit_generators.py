@@ -7,8 +7,8 @@ from priors import DigitGenerator, digits, held_out_digits
 from priors.digit_generators import CONFIG, FILE, GANTraining, VAETraining
 from rtb_inverse import Posterior, evaluate
 from rtb_inverse.cli import run
-from rtb_inverse.evaluation import Observations
 from rtb_inverse.diagnostics import energy_distance
+from rtb_inverse.evaluation import Observations
 from tasks import Inpainting
 
 
