@@ -176,6 +176,14 @@ class Prior(Chain):
         return type(self).decode is not Prior.decode
 
     @property
+    def differentiable(self) -> bool:
+        """Whether `decode` has a gradient."""
+        if not self.decodes:
+            return True
+        with torch.enable_grad():
+            return self.decode(torch.zeros((1, *self.shape), **self._options()).requires_grad_()).requires_grad
+
+    @property
     def data_shape(self) -> torch.Size:
         if not self.decodes:
             return self.shape

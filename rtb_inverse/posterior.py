@@ -61,17 +61,13 @@ class Posterior(Chain):
         self.prior = prior.requires_grad_(False)
         self.problem = problem.bind(prior.data_shape)
         self.beta = check_positive("beta", beta)
-        self.guide = (
-            laplace_guidance(problem, prior, beta)
-            or covariance_guidance(problem, prior, beta)
-            or guidance(problem, prior.decode if prior.decodes else None, len(prior.shape))
-        )
+        self.guide = self._guide() if prior.differentiable else None
         few = not prior.white or prior.shape.numel() <= REFERENCES_LIMIT
         references = prior.exact_reversal and self.amortised and few and not (self.guide is not None and self.guide.exact)
         can_guide = self.guide is not None or references
         self.start = check_choice("start", start or ("guided" if can_guide else "prior"), ("guided", "prior"))
         if self.start == "guided" and not can_guide:
-            needs = "a differentiable operator and a noise model of rtb_inverse.noise, or a prior of exact draws"
+            needs = "a differentiable operator (and decode) and a noise model of rtb_inverse.noise, or a prior of exact draws"
             raise ValueError(f"start='guided' needs {needs}; expected start='prior' here")
         self.lora_rank, self.width = lora_rank, width
         options = prior._options()
@@ -87,6 +83,16 @@ class Posterior(Chain):
             with torch.no_grad():
                 t = self.times[:-1].flip(0)  # step_index 0 is the last step
                 self._input_gate.copy_(gaussian_error(prior, t).flatten(1)[:, 0])
+
+    def _guide(self) -> Guide | None:
+        """The best that prior and problem allow."""
+        prior, problem = self.prior, self.problem
+        decode = prior.decode if prior.decodes else None
+        return (
+            laplace_guidance(problem, prior, self.beta)
+            or covariance_guidance(problem, prior, self.beta)
+            or guidance(problem, decode, len(prior.shape))
+        )
 
     @property
     def amortised(self) -> bool:

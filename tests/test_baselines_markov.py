@@ -126,6 +126,9 @@ def test_priors_and_operators_that_do_not_serve():
     matrix = InverseProblem(A[:, :3], GaussianNoise(torch.tensor(STD, dtype=D)))
     with pytest.raises(ValueError, match=r"prior must have a Gaussian x_0 for pcn.*GaussianMixturePrior"):
         pcn(make_mixture(), matrix, y, 2)
+    for method in (pcn, hmc):
+        with pytest.raises(TypeError, match="prior must be a Prior"):
+            method(3, matrix, y, 2)
     with pytest.raises(ValueError, match="differentiable operator for hmc"):
         hmc(make_gaussian(), InverseProblem(lambda x: x.detach().flatten(1) @ A.T.to(x), GaussianNoise(0.5)), y, 2)
     wrong = InverseProblem(lambda x: x.flatten(1).log(), GaussianNoise(0.5), shape=None)

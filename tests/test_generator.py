@@ -9,6 +9,7 @@ from rtb_inverse import (
     GaussianNoise,
     InverseProblem,
     Posterior,
+    Reward,
     evaluate,
     fit,
     importance,
@@ -17,6 +18,7 @@ from rtb_inverse import (
     simulate_observations,
     smc,
 )
+from rtb_inverse.baselines import dps, hmc
 
 D, X, M, STD = 3, 5, 2, 0.3
 
@@ -127,3 +129,20 @@ def test_a_saved_posterior_asks_for_its_generator(tmp_path, generator):
 def test_bad_generators(generator, shape, error, message):
     with pytest.raises(error, match=message):
         GeneratorPrior(generator, shape)
+
+
+def test_a_generator_without_gradient(generator):
+    """Guidance is left out, or asked for in vain; what needs a gradient says so."""
+    prior = GeneratorPrior(lambda z: torch.from_numpy(z.detach().numpy() ** 3), 2, steps=4)
+    assert not prior.differentiable and GeneratorPrior(lambda z: z**3, 2, steps=4).differentiable
+    problem = InverseProblem(torch.square, GaussianNoise(0.3))
+    posterior = Posterior(prior, problem, width=8)
+    assert posterior.guide is None and posterior.references is not None  # its draws are exact, and cheap
+    y = simulate_observations(posterior, 2, generator).y
+    assert bool(torch.isfinite(importance(posterior, y, 16, generator).log_w).all())
+    reward = Reward(lambda x: x.sum(1))
+    with pytest.raises(ValueError, match=r"start='guided' needs a differentiable operator \(and decode\)"):
+        Posterior(prior, reward, start="guided", width=8)
+    for method in (dps, hmc):
+        with pytest.raises(ValueError, match=f"prior must have a differentiable decode for {method.__name__}"):
+            method(prior, problem, y, 2)

@@ -24,10 +24,12 @@ def prepare(prior: Prior, problem: InverseProblem, y: Tensor | None) -> Tensor |
     return y if y is None else y.to(**prior._options())
 
 
-def check_differentiable(method: str, problem: InverseProblem) -> None:
-    """Raise ValueError where the operator has no gradient."""
+def check_differentiable(method: str, problem: InverseProblem, prior: Prior) -> None:
+    """Raise ValueError where the operator, or the prior's `decode`, has no gradient."""
     if not problem.differentiable:
         raise ValueError(f"problem must have a differentiable operator for {method}, got one whose output carries no gradient")
+    if not prior.differentiable:
+        raise ValueError(f"prior must have a differentiable decode for {method}, got one whose x carries no gradient")
 
 
 @torch.enable_grad()

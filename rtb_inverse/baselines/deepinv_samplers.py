@@ -131,7 +131,7 @@ def check_tuning(name: str, tuning: dict) -> dict:
 def check_problem(name: str, prior: Prior, problem: InverseProblem) -> None:
     if not isinstance(problem.noise, GaussianNoise):
         raise ValueError(f"problem must have Gaussian noise for {name}, got {type(problem.noise).__name__}")
-    check_differentiable(name, problem)
+    check_differentiable(name, problem, prior)
     if name == "dps":
         return
     if not problem.linear:

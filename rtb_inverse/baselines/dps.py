@@ -52,7 +52,7 @@ def dps(
     """
     check_count("n", n), check_positive("zeta", zeta)
     y = prepare(prior, problem, y)
-    check_differentiable("dps", problem)
+    check_differentiable("dps", problem, prior)
     x = draw(prior.initial((n, 1 if y is None else len(y))), generator)
     for t, s in tqdm(pairwise(prior.times), "denoising", total=prior.steps, disable=not progress, leave=False):
         estimate, move = residual_step(prior, problem, x, t, y, zeta, batch_size)

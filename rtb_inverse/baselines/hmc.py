@@ -12,7 +12,7 @@ algorithm (MALA) in the same metric.
 import torch
 from torch import Generator, Tensor
 
-from rtb_inverse.baselines.common import check_differentiable
+from rtb_inverse.baselines.common import check_differentiable, prepare
 from rtb_inverse.baselines.markov import run_chains
 from rtb_inverse.chains import Prior
 from rtb_inverse.checks import check_count
@@ -43,7 +43,8 @@ def hmc(
         ValueError: bad arguments; a prior whose x_0 is not Gaussian; an operator without gradient; a likelihood that is not finite.
     """
     check_count("leaps", leaps)
-    check_differentiable("hmc", problem.bind(prior.data_shape))
+    y = prepare(prior, problem, y)
+    check_differentiable("hmc", problem, prior)
 
     def move(law, log_likelihood, x, log_lik, angle, generator):
         m, e = law.mean, expand(angle, x[0])

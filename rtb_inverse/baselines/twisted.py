@@ -51,7 +51,7 @@ def twisted(
     """
     check_count("n", n, 2), check_fraction("threshold", threshold)
     y = prepare(prior, problem, y)
-    check_differentiable("twisted", problem)
+    check_differentiable("twisted", problem, prior)
     target = Posterior(prior, problem, "prior", network=torch.nn.Identity())  # its likelihood and errors; its network is never called
     b = 1 if y is None else len(y)
 
