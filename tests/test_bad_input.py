@@ -185,7 +185,8 @@ CASES = {
     "guided without a gradient": (
         lambda: Posterior(Coarse(3), InverseProblem(lambda x: x.detach(), GaussianNoise(0.1)), start="guided"),
         ValueError,
-        "start='guided' needs a differentiable operator and a noise model of rtb_inverse.noise, or a prior of exact draws; expected start=",
+        r"start='guided' needs a differentiable operator \(and decode\) and a noise model of rtb_inverse.noise, or a prior of exact draws; "
+        "expected start=",
     ),
     "unknown start": (lambda: problem(A, start="warm"), ValueError, "start must be one of guided, prior, got 'warm'"),
     "beta 0": (lambda: Posterior(PRIOR, linear(), beta=0.0), ValueError, "beta must be a finite number above 0, got 0.0"),
