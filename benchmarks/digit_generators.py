@@ -108,8 +108,8 @@ class Comparison:
         """For about that many CPU seconds."""
         options = {"bounds": 0, "progress": False, "states": 256, "observations": 16, "draws": 8}
         start = time.process_time()
-        fit(Posterior(self.prior, self.problem), 6, 0, warm_start=1.0, **options)
-        steps = max(20, int(6 * seconds / (time.process_time() - start)))
+        fit(Posterior(self.prior, self.problem), 10, 0, warm_start=0.9, **options)
+        steps = max(20, int(10 * seconds / (time.process_time() - start)))
         posterior = Posterior(self.prior, self.problem)
         return fit(posterior, steps, 0, warm_start=0.9, **options)
 
