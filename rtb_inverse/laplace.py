@@ -93,7 +93,9 @@ class LaplaceGuidance(Guide):
 
     def solve(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """V (B, d, d), h (B, d), and V^T (J^T J x* - J^T r(x*)), (B, d); kept for the y seen last, the same at all steps of a path."""
-        if self._last is None or self._last[0].shape != y.shape or not torch.equal(self._last[0], y):
+        last = None if self._last is None else self._last[0]
+        alike = last is not None and (last.shape, last.device, last.dtype) == (y.shape, y.device, y.dtype)
+        if not alike or not torch.equal(last, y):
             z = self.mode(y)
             r, J = self.linearise(z, y)
             h, V = torch.linalg.eigh(J.mT @ J)

@@ -18,7 +18,7 @@ from rtb_inverse.references import References
 from rtb_inverse.schedules import expand
 
 WAVES_LIMIT = 128  # elements of an x whose Fourier features a perceptron sees
-REFERENCES_LIMIT = 64  # elements of a generator's z, from where none of its draws is near what y allows
+REFERENCES_LIMIT = 64  # elements of a generator's z, from where none of its draws is near what a guide finds
 LIKELIHOOD_CHUNK = 2**24  # elements of y that the references are compared with at once
 
 
@@ -62,7 +62,7 @@ class Posterior(Chain):
         self.problem = problem.bind(prior.data_shape)
         self.beta = check_positive("beta", beta)
         self.guide = self._guide() if prior.differentiable else None
-        few = not prior.white or prior.shape.numel() <= REFERENCES_LIMIT
+        few = not prior.white or prior.shape.numel() <= REFERENCES_LIMIT or self.guide is None
         references = prior.exact_reversal and self.amortised and few and not (self.guide is not None and self.guide.exact)
         can_guide = self.guide is not None or references
         self.start = check_choice("start", start or ("guided" if can_guide else "prior"), ("guided", "prior"))
