@@ -5,7 +5,6 @@ GAN     f against a critic D of x:  softplus(-D(x)) + softplus(D(f(z))) + (g / 2
         (Mescheder, Geiger, Nowozin 2018, arXiv 1801.04406: R1, which makes it converge)
 """
 
-import json
 from pathlib import Path
 
 import torch
@@ -15,8 +14,8 @@ from torch.nn.functional import softplus
 
 from priors.generator import GeneratorPrior
 from rtb_inverse.averaging import ExponentialMovingAverage
-from rtb_inverse.checkpoints import load_into, load_weights, save_tensors
-from rtb_inverse.checks import check_count, check_positive, check_writable
+from rtb_inverse.checkpoints import load_into, load_weights, read_json, save_tensors, write_json
+from rtb_inverse.checks import check_count, check_number, check_positive, check_writable
 
 SHAPE = (1, 8, 8)
 FILE, CONFIG = "generator.safetensors", "generator_config.json"
@@ -42,18 +41,20 @@ class DigitGenerator(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write weights (safetensors) and sizes as `from_pretrained` reads them."""
         save_tensors(self.state_dict(), Path(folder) / FILE)
-        (Path(folder) / CONFIG).write_text(json.dumps({"latent": self.latent, "width": self.width}) + "\n")
+        write_json({"latent": self.latent, "width": self.width}, Path(folder) / CONFIG)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "DigitGenerator":
         """The generator of a folder that `save_pretrained` wrote.
 
         Raises:
-            FileNotFoundError: no weights there. ValueError: truncated or pickled weights, or those of another network.
+            FileNotFoundError: no such file there. ValueError: sizes that are not valid; truncated or pickled weights, or those of another
+            network.
         """
-        if not (Path(folder) / CONFIG).is_file():
-            raise FileNotFoundError(f"folder: {str(folder)!r} holds no {CONFIG}, expected what DigitGenerator.save_pretrained wrote")
-        generator = cls(**json.loads((Path(folder) / CONFIG).read_text()))
+        sizes = read_json(Path(folder) / CONFIG)
+        if sizes.keys() != {"latent", "width"}:
+            raise ValueError(f"{Path(folder) / CONFIG} must hold latent and width, got {', '.join(sizes) or 'nothing'}")
+        generator = cls(**sizes)
         load_into(generator, load_weights(Path(folder) / FILE), Path(folder) / FILE)
         return generator
 
@@ -117,7 +118,7 @@ class GANTraining(LightningModule):
         self.automatic_optimization = False
         self.generator, self.critic = DigitGenerator(latent, width), perceptron(64, 1, 2 * width)
         self.output, self.lr, self.penalty = check_writable("output", output), check_positive("lr", lr), check_positive("penalty", penalty)
-        self.blur, self.ema = blur, ExponentialMovingAverage(self.generator.parameters(), ema_decay)
+        self.blur, self.ema = check_number("blur", blur, 0), ExponentialMovingAverage(self.generator.parameters(), ema_decay)
 
     def judge(self, x: Tensor) -> Tensor:
         return self.critic((x + self.blur * torch.randn_like(x)).flatten(1))[:, 0]
@@ -125,15 +126,20 @@ class GANTraining(LightningModule):
     def make(self, n: int) -> Tensor:
         return self.generator(torch.randn((n, self.generator.latent), device=self.device))
 
+    def step(self, optimizer, loss: Tensor) -> None:
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+
     def training_step(self, batch, index):
         for_critic, for_generator = self.optimizers()
         x = batch[0].requires_grad_()
         real = self.judge(x)
         slope = torch.autograd.grad(real.sum(), x, create_graph=True)[0].square().flatten(1).sum(1)
         loss = (softplus(-real) + softplus(self.judge(self.make(len(x)).detach())) + self.penalty / 2 * slope).mean()
-        for_critic.zero_grad(), self.manual_backward(loss), for_critic.step()
+        self.step(for_critic, loss)
         fooled = softplus(-self.judge(self.make(len(x)))).mean()
-        for_generator.zero_grad(), self.manual_backward(fooled), for_generator.step()
+        self.step(for_generator, fooled)
         self.ema.update()
         self.log_dict({"critic": loss, "generator": fooled}, prog_bar=True)
 

@@ -17,38 +17,16 @@ which is 1 on average along every circle. What is shown is asinh(I / softening),
 import math
 
 import torch
-from lightning.pytorch import LightningDataModule
 from torch import Generator, Tensor
-from torch.utils.data import DataLoader, TensorDataset
 
+from priors.simulated import Draws, SimulatedData, in_parts
 from rtb_inverse.checks import check_count
 
-AT_ONCE = 256  # galaxies made together
 FINE = 2  # samples per pixel and axis
 CLUMPS, COMPANIONS = 60, 2
 SOFTENING = 0.025  # of the brightest pixel, in the asinh
 THICKNESS = 0.15  # axis ratio of a disc seen edge-on
 CORE = 0.02  # smallest radius that matters: no infinite cusps
-
-
-class Draws:
-    """Independent random parameters, each (n, *shape)."""
-
-    def __init__(self, n: int, generator: Generator | None):
-        self.n, self.generator = n, generator
-
-    def uniform(self, low: float, high: float, *shape: int) -> Tensor:
-        return low + (high - low) * torch.rand((self.n, *shape), generator=self.generator)
-
-    def log_uniform(self, low: float, high: float, *shape: int) -> Tensor:
-        return self.uniform(math.log(low), math.log(high), *shape).exp()
-
-    def normal(self, *shape: int) -> Tensor:
-        return torch.randn((self.n, *shape), generator=self.generator)
-
-    def chance(self, probability: float, *shape: int) -> Tensor:
-        """1 with this probability, else 0."""
-        return (self.uniform(0, 1, *shape) < probability).float()
 
 
 def image(parameter: Tensor) -> Tensor:
@@ -162,36 +140,17 @@ def galaxies(n: int, generator: Generator | None = None, size: int = 32) -> Tens
         ValueError: n or size below 1.
     """
     check_count("n", n), check_count("size", size)
-    parts = []
-    for first in range(0, n, AT_ONCE):
-        draws = Draws(min(AT_ONCE, n - first), generator)
+
+    def make(count: int) -> Tensor:
+        draws = Draws(count, generator)
         I = intensity(draws, size)
         I = I / I.amax((1, 2), keepdim=True) * image(draws.log_uniform(0.4, 1))
-        parts.append(2 * (I / SOFTENING).asinh() / math.asinh(1 / SOFTENING) - 1)
-    return torch.cat(parts)[:, None]
+        return 2 * (I / SOFTENING).asinh() / math.asinh(1 / SOFTENING) - 1
+
+    return in_parts(n, make)[:, None]
 
 
-class GalaxyData(LightningDataModule):
-    """Simulated galaxies for training a prior; validation on others.
+class GalaxyData(SimulatedData):
+    """`galaxies`, for training a prior."""
 
-    Args:
-        batch_size: images per step.
-        images: for training, the same ones in every epoch; made at the start, which takes some 15 seconds for the default.
-        held_out: how many validation sees, in one batch.
-        size: pixels along each side.
-
-    Raises:
-        ValueError: a count below 1.
-    """
-
-    def __init__(self, batch_size: int = 64, images: int = 20_000, held_out: int = 512, size: int = 32):
-        super().__init__()
-        self.batch_size = check_count("batch_size", batch_size)
-        self.train_set = TensorDataset(galaxies(images, Generator().manual_seed(0), size))
-        self.val_set = TensorDataset(galaxies(held_out, Generator().manual_seed(1), size))
-
-    def train_dataloader(self):
-        return DataLoader(self.train_set, self.batch_size, shuffle=True, drop_last=True)
-
-    def val_dataloader(self):
-        return DataLoader(self.val_set, len(self.val_set))
+    make = staticmethod(galaxies)

@@ -12,29 +12,17 @@ inserts and bubbles of air. They are painted one over the other.
 import math
 
 import torch
-from lightning.pytorch import LightningDataModule
 from torch import Generator, Tensor
-from torch.utils.data import DataLoader, TensorDataset
 
+from priors.simulated import Draws, SimulatedData, in_parts
 from rtb_inverse.checks import check_count
 
-AT_ONCE = 256  # phantoms made together
 FINE = 3  # samples per pixel and axis
 ORGANS, NESTED, INSERTS = 6, 4, 5  # at most so many of each
 
 
-class Draws:
-    """Independent random parameters, each (n, *shape)."""
-
-    def __init__(self, n: int, generator: Generator | None):
-        self.n, self.generator = n, generator
-
-    def uniform(self, low: float, high: float, *shape: int) -> Tensor:
-        return low + (high - low) * torch.rand((self.n, *shape), generator=self.generator)
-
-    def chance(self, probability: float, *shape: int) -> Tensor:
-        """True with this probability."""
-        return self.uniform(0, 1, *shape) < probability
+class Ellipses(Draws):
+    """Random ellipses, too."""
 
     def first(self, least: int, most: int) -> Tensor:
         """True for the first k of `most`, k uniform from `least` on: (n, most)."""
@@ -42,7 +30,7 @@ class Draws:
 
     def frames(self, low: float, high: float, flat: float, *shape: int) -> Tensor:
         """Ellipses anywhere within the unit disc, (n, *shape, 3, 3): major semi-axes log-uniform, axis ratios uniform from `flat` to 1."""
-        a = self.uniform(math.log(low), math.log(high), *shape).exp()
+        a = self.log_uniform(low, high, *shape)
         d, where = 0.97 * (1 - a) * self.uniform(0, 1, *shape).sqrt(), self.uniform(0, 2 * math.pi, *shape)
         return frame(d * where.cos(), d * where.sin(), a, a * self.uniform(flat, 1, *shape), self.uniform(0, math.pi, *shape))
 
@@ -54,13 +42,13 @@ def frame(x: Tensor, y: Tensor, a: Tensor, b: Tensor, angle: Tensor) -> Tensor:
     return torch.stack(rows, -2)
 
 
-def tissue(draws: Draws, base: Tensor, *shape: int) -> Tensor:
+def tissue(draws: Ellipses, base: Tensor, *shape: int) -> Tensor:
     """Attenuation of organs in a tissue `base` (n, *ones): lighter or denser by 0.12 to 0.5, within [-0.8, 0.7]."""
     sign = torch.where(draws.chance(0.5, *shape), 1.0, -1.0)
     return (base + sign * draws.uniform(0.12, 0.5, *shape)).clamp(-0.8, 0.7)
 
 
-def bodies(draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
+def bodies(draws: Ellipses) -> tuple[Tensor, Tensor, Tensor]:
     """Frames (n, K, 3, 3), attenuations (n, K) and whether they are there at all (n, K), in the order in which they are painted."""
     one = torch.ones((draws.n, 1), dtype=torch.bool)
     long = draws.uniform(0.74, 0.95, 1)
@@ -118,31 +106,10 @@ def phantoms(n: int, generator: Generator | None = None, size: int = 32) -> Tens
         ValueError: n or size below 1.
     """
     check_count("n", n), check_count("size", size)
-    counts = [min(AT_ONCE, n - first) for first in range(0, n, AT_ONCE)]
-    return torch.cat([paint(*bodies(Draws(count, generator)), size) for count in counts])[:, None]
+    return in_parts(n, lambda count: paint(*bodies(Ellipses(count, generator)), size))[:, None]
 
 
-class PhantomData(LightningDataModule):
-    """Phantoms for training a prior; validation on others.
+class PhantomData(SimulatedData):
+    """`phantoms`, for training a prior."""
 
-    Args:
-        batch_size: images per step.
-        images: for training, the same ones in every epoch, made at the start.
-        held_out: how many validation sees, in one batch.
-        size: pixels along each side.
-
-    Raises:
-        ValueError: a count below 1.
-    """
-
-    def __init__(self, batch_size: int = 64, images: int = 20_000, held_out: int = 512, size: int = 32):
-        super().__init__()
-        self.batch_size = check_count("batch_size", batch_size)
-        self.train_set = TensorDataset(phantoms(images, Generator().manual_seed(0), size))
-        self.val_set = TensorDataset(phantoms(held_out, Generator().manual_seed(1), size))
-
-    def train_dataloader(self):
-        return DataLoader(self.train_set, self.batch_size, shuffle=True, drop_last=True)
-
-    def val_dataloader(self):
-        return DataLoader(self.val_set, len(self.val_set))
+    make = staticmethod(phantoms)

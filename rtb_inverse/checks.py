@@ -23,6 +23,15 @@ def check_positive(name: str, value: float) -> float:
     return float(value)
 
 
+def check_number(name: str, value: float, least: float = -math.inf, below: float = math.inf) -> float:
+    """Return `value` as a float if it is a finite number, at least `least` and below `below`; raise ValueError otherwise."""
+    finite = not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value)
+    if not finite or not least <= value < below:
+        bounds = [f" of at least {least:g}"] * (least > -math.inf) + [f" below {below:g}"] * (below < math.inf)
+        raise ValueError(f"{name} must be a finite number{''.join(bounds)}, got {value!r}")
+    return float(value)
+
+
 def check_choice(name: str, value, choices) -> str:
     """Return `value` if it is one of `choices`; raise ValueError otherwise."""
     if value not in choices:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rtb_inverse.chains import Prior
+from rtb_inverse.distributions import along
 from rtb_inverse.guidance import Guide, Update
 from rtb_inverse.noise import Noise
 from rtb_inverse.noise_range import NoiseRange
@@ -107,15 +108,14 @@ class LaplaceGuidance(Guide):
         """log int N(x; x_0, r_t^2 I) p(y | x)^beta dx of the approximation, but for a constant of each y: (N, B, *shape) to (N, B)."""
         V, h, pull = self.solve(y)
         level = at[..., None].to(x_0.dtype)
-        off = h * torch.einsum("...d,...de->...e", x_0.flatten(x_0.ndim - self.event_dim), V) - pull
+        off = h * along(x_0.flatten(x_0.ndim - self.event_dim), V) - pull
         return -0.5 * (off**2 / (h.clamp_min(1e-12) * (1 + level * h)) + torch.log1p(level * h)).sum(-1)
 
     def forward(self, x_0, y, error, at=None):
         V, h, pull = self.solve(y)
         e, level = x_0.flatten(x_0.ndim - self.event_dim), at[..., None].to(x_0.dtype)
         shrink = 1 / (1 + level * h)
-        along = torch.einsum("...d,...de->...e", e, V)
-        delta = torch.einsum("...e,...de->...d", level * shrink * (pull - h * along), V)
+        delta = along(level * shrink * (pull - h * along(e, V)), V.mT)
         return Update(delta.reshape(x_0.shape), shrink.double(), V)
 
 

@@ -1,5 +1,6 @@
 r"""The trainable chain q(tau | y): a conditional copy of the prior's chain, and log Z(y)."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -197,10 +198,8 @@ class Posterior(Chain):
             update = guide(x_0, y, self.beta * self.error(t), at)
         if reference is not None:
             delta = torch.lerp(update.delta, reference - first, share)
-            if guide is not None and guide.per_observation and update.shrink is not None:
-                update = self.references.joined(k, update, delta)
-            else:
-                update = self.references.left(k, delta)
+            known = guide is not None and guide.per_observation and update.shrink is not None
+            update = replace(update, delta=delta) if known else self.references.left(k, delta)
         estimate = x_0 + expand(self.gate[k], x_0) * update.delta
         clip = self.schedule.clip_sample
         return (estimate if clip is None else estimate.clamp(-clip, clip)), log_scale, update

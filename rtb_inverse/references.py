@@ -11,14 +11,12 @@ measured on pairs (x_0, y) of the joint distribution, and so is what is left of 
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from rtb_inverse.chains import Prior
 from rtb_inverse.guidance import Update
-from rtb_inverse.schedules import expand
 
 SIZES = 2048, 32768  # fewest and most draws; 1,024 for each element of x between
 ELEMENTS = 2**22  # of all draws together, here or in data space
@@ -150,10 +148,3 @@ class References(nn.Module):
         if self.basis is None:
             return Update(delta, self.shrink[k])
         return Update(delta, self.shrink[k], self.basis.to(delta), self.level[k])
-
-    def joined(self, k: Tensor, update: Update, delta: Tensor) -> Update:
-        """`delta`, and what a guide says is left for each observation, joined with the average measured at steps k by their share."""
-        shrink, share = self.shrink[k], self.share[k].to(self.shrink)
-        if update.basis is not None:
-            shrink = torch.einsum("...d,...dm->...m", shrink.flatten(shrink.ndim - len(self.shape)), update.basis.to(shrink) ** 2)
-        return replace(update, delta=delta, shrink=torch.lerp(update.shrink, shrink, expand(share, update.shrink)))

@@ -58,8 +58,7 @@ if o.reference:
 print("; ".join(said))
 
 fig, axes = plt.subplots(2, 4, figsize=(12, 6), dpi=150, layout="constrained")
-for ax in axes.flat:
-    ax.axis("off")
+plt.setp(axes, xticks=[], yticks=[], frame_on=False)
 for ax, (title, image) in zip(axes.flat, columns.items(), strict=False):
     style = {"cmap": "viridis", "vmin": 0} if "std" in title else {"cmap": "RdBu_r", "vmin": -2.5, "vmax": 2.5}
     shown = ax.imshow(image[0, 0], origin="lower", interpolation="nearest" if title == "sensors" else "bicubic", **style)

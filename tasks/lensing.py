@@ -17,18 +17,11 @@ import torch
 from scipy import sparse
 from torch import Tensor, nn
 
-from rtb_inverse.checks import check_count, check_positive
+from rtb_inverse.checks import check_count, check_number, check_positive
 from rtb_inverse.guidance import DENSE_LIMIT, conjugate_gradients
 from tasks.linear import LinearTask, check_ratio, image_shape
 
 REACH = 4  # standard deviations at which the point-spread function ends
-
-
-def check_number(name: str, value: float) -> float:
-    """`value` as a float if it is a finite number; ValueError otherwise."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number, got {value!r}")
-    return float(value)
 
 
 def check_pair(name: str, value) -> tuple[float, float]:
@@ -50,18 +43,22 @@ def shoot(theta: Tensor, einstein_radius, axis_ratio, angle, centre, shear) -> T
     return theta - torch.stack(ellipsoid, -1) - torch.stack(outside, -1)
 
 
+def corners(beta: Tensor, n: int, fov: float) -> tuple[Tensor, Tensor]:
+    """Bilinear interpolation between the middles of n x n pixels at beta (*batch, R, 2) [arcsec]: the four pixels about each ray and their
+    weights, (4, *batch, R); 0 outside the field of view and at NaN. The outer half of a border pixel has its value."""
+    inside = (beta.abs() <= fov / 2).all(-1)
+    at = torch.where(inside[..., None], beta / fov * n + (n - 1) / 2, 0).clamp(0, n - 1)  # in pixels: column, row
+    first = at.floor().clamp_max(n - 2)
+    corner = torch.tensor([(0, 0), (0, 1), (1, 0), (1, 1)]).to(beta).reshape(4, *(1,) * (beta.ndim - 1), 2)
+    pixel = first + corner
+    return (pixel[..., 1] * n + pixel[..., 0]).long(), (1 - (at - pixel).abs()).prod(-1) * inside
+
+
 def interpolation(beta: Tensor, n: int, fov: float) -> sparse.csr_array:
-    """L, (R, n n): bilinear between the middles of n x n pixels at beta (R, 2) [arcsec], 0 outside the field of view and at NaN; the outer
-    half of a border pixel has its value."""
-    inside = (beta.abs() <= fov / 2).all(1)
-    at = (beta[inside] / fov * n + (n - 1) / 2).clamp(0, n - 1).numpy()  # in pixels: column, row
-    first = np.minimum(np.floor(at).astype(int), max(n - 2, 0))
-    ray, L = np.flatnonzero(inside.numpy()), sparse.csr_array((len(beta), n * n))
-    for corner in ((0, 0), (0, 1), (1, 0), (1, 1)):
-        pixel = np.minimum(first + corner, n - 1)
-        weight = (1 - np.abs(at - first - corner)).prod(1)
-        L = L + sparse.csr_array((weight, (ray, pixel[:, 1] * n + pixel[:, 0])), shape=L.shape)
-    return L
+    """L, (R, n n), of the `corners` of rays beta (R, 2)."""
+    pixel, weight = corners(beta, n, fov)
+    ray, seen = torch.arange(len(beta)).expand(4, -1), weight > 0
+    return sparse.csr_array((weight[seen].numpy(), (ray[seen].numpy(), pixel[seen].numpy())), shape=(len(beta), n * n))
 
 
 def detector(m: int, supersample: int, fov: float, psf_fwhm: float) -> tuple[sparse.csr_array, Tensor]:
@@ -138,8 +135,7 @@ class Lensing(LinearTask):
         shape = image_shape(shape, (1,), square=True)
         n, m, s = check_count("sizes in shape", shape[-1], 2), check_count("pixels", pixels), check_count("supersample", supersample)
         source_fov, image_fov = check_positive("source_fov", source_fov), check_positive("image_fov", image_fov)
-        if check_number("psf_fwhm", psf_fwhm) < 0:
-            raise ValueError(f"psf_fwhm must be at least 0, got {psf_fwhm!r}")
+        psf_fwhm = check_number("psf_fwhm", psf_fwhm, 0)
         centre, shear = check_pair("centre", centre), check_pair("shear", shear)
         if math.hypot(*shear) >= 1:
             raise ValueError(f"shear must be of modulus below 1, got {shear!r}")
@@ -155,7 +151,7 @@ class Lensing(LinearTask):
         sky = check_number("sky", sky)
         super().__init__(
             LensedImage(A, n, m, sky), shape, noise_std, pixels=m, **lens, source_fov=source_fov, image_fov=image_fov,
-            psf_fwhm=float(psf_fwhm), supersample=s, sky=sky,
+            psf_fwhm=psf_fwhm, supersample=s, sky=sky,
         )  # fmt: skip
 
     @property

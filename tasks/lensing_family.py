@@ -13,7 +13,7 @@ from torch import Generator, Tensor, nn
 
 from rtb_inverse.checks import check_finite, check_tensor
 from rtb_inverse.problems import InverseProblem
-from tasks.lensing import Lensing, check_pair, detector, shoot
+from tasks.lensing import Lensing, check_pair, corners, detector, shoot
 
 AT_ONCE = 2**23  # rays that are followed together
 FAINT = 0.05  # of the largest A_v^T 1: a pixel of the source of which less light arrives is hardly seen
@@ -110,19 +110,11 @@ class LensingFamily(InverseProblem):
         return image.reshape(*y.shape[:-1], *self.operator.y_shape), v
 
     def corners(self, v: Tensor) -> tuple[Tensor, Tensor]:
-        """L_v for lenses v (B, 5): for the rays of each (B, R), the four pixels between which it lies and their weights, (4, B, R)."""
-        n, of = self.shape[-1], self.operator.config
+        """L_v for lenses v (B, 5): for the rays of each, the four pixels between which it lies and their weights, (4, B, R)."""
+        of = self.operator.config
         b, q, angle, g1, g2 = v.double()[..., None].unbind(1)
-        beta = shoot(self.theta, b, q, angle, of["centre"], (g1, g2))
-        inside = (beta.abs() <= of["source_fov"] / 2).all(-1)
-        at = torch.where(inside[..., None], beta / of["source_fov"] * n + (n - 1) / 2, 0).clamp(0, n - 1)
-        first = at.floor().clamp_max(n - 2)
-        part = at - first
-        index, weight = [], []
-        for column, row in ((0, 0), (0, 1), (1, 0), (1, 1)):
-            index.append((first[..., 1] + row) * n + first[..., 0] + column)
-            weight.append((1 - (part[..., 0] - column).abs()) * (1 - (part[..., 1] - row).abs()) * inside)
-        return torch.stack(index).long(), torch.stack(weight).to(v.dtype)
+        index, weight = corners(shoot(self.theta, b, q, angle, of["centre"], (g1, g2)), self.shape[-1], of["source_fov"])
+        return index, weight.to(v.dtype)
 
     def seen(self, x: Tensor, v: Tensor) -> Tensor:
         """P B L_v (x - sky): x (*batch, 1, n, n) behind lenses v (*batch, 5) or (B, 5): (*batch, 1, m, m)."""

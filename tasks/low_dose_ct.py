@@ -6,11 +6,9 @@ with the line integrals A (x - air), in widths of the image, of `tomography.Proj
 their noise, seen in -log(y / I_0), is large; no Gaussian with one standard deviation says so.
 """
 
-import math
-
 from torch import Tensor
 
-from rtb_inverse.checks import check_positive
+from rtb_inverse.checks import check_number, check_positive
 from rtb_inverse.noise import PoissonNoise
 from rtb_inverse.problems import InverseProblem
 from tasks.linear import image_shape, lay_out
@@ -44,15 +42,12 @@ class LowDoseCT(InverseProblem):
     ):  # fmt: skip
         shape = image_shape(shape, square=True)
         photons, attenuation = check_positive("photons", photons), check_positive("attenuation", attenuation)
-        if isinstance(background, bool) or not isinstance(background, (int, float)) or not 0 <= background < math.inf:
-            raise ValueError(f"background must be a finite number of at least 0, got {background!r}")
-        if isinstance(air, bool) or not isinstance(air, (int, float)) or not -math.inf < air < 1:
-            raise ValueError(f"air must be a finite number below 1, got {air!r}")
-        super().__init__(self.transmitted, PoissonNoise(photons, float(background)), linear=False)
-        self.projection, self.mu = Projection(shape[-1], angles, arc, float(air)), attenuation / (1 - air)
+        background, air = check_number("background", background, 0), check_number("air", air, below=1)
+        super().__init__(self.transmitted, PoissonNoise(photons, background), linear=False)
+        self.projection, self.mu = Projection(shape[-1], angles, arc, air), attenuation / (1 - air)
         self.config = {
             "shape": list(shape), "angles": angles, "arc": float(arc), "photons": photons, "attenuation": attenuation,
-            "background": float(background), "air": float(air),
+            "background": background, "air": air,
         }  # fmt: skip
         self.bind(shape)
 

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from rtb_inverse.checks import check_count, check_positive
+from rtb_inverse.checks import check_count, check_number, check_positive
 from rtb_inverse.problems import GaussianNoise, InverseProblem
 from tasks.linear import image_shape
 
@@ -39,12 +39,12 @@ class Flow(nn.Module):
         square = k**2 + l**2
         kept = (k.abs() < n / 3) & (l < n / 3)
         X, Y = torch.meshgrid(*torch.arange(n, dtype=torch.float64).mul(2 * math.pi / n).expand(2, n), indexing="ij")
-        self.register_buffer("k", k, persistent=False)
-        self.register_buffer("l", l, persistent=False)
-        self.register_buffer("inverse", torch.where(square > 0, 1 / square.clamp_min(1), 0.0), persistent=False)  # of - lap
-        self.register_buffer("kept", kept.double(), persistent=False)
-        self.register_buffer("decay", torch.exp(-viscosity * square * self.dt / 2), persistent=False)  # over half a step
-        self.register_buffer("force", torch.fft.rfft2(forcing * (torch.sin(X + Y) + torch.cos(X + Y))), persistent=False)
+        force = torch.fft.rfft2(forcing * ((X + Y).sin() + (X + Y).cos()))
+        inverse = torch.where(square > 0, 1 / square.clamp_min(1), 0.0)  # of - lap
+        decay = torch.exp(-viscosity * square * self.dt / 2)  # over half a step
+        tables = {"k": k, "l": l, "inverse": inverse, "kept": kept.double(), "decay": decay, "force": force}
+        for name, value in tables.items():
+            self.register_buffer(name, value, persistent=False)
 
     def advection(self, w: Tensor) -> Tensor:
         """- u . grad w + f, all as Fourier coefficients (M, n, n // 2 + 1)."""
@@ -84,35 +84,32 @@ class NavierStokes(InverseProblem):
         self, shape=(1, 32, 32), time: float = 2.0, viscosity: float = 1e-2, factor: int = 4, steps: int = 20, forcing: float = 0.0,
         noise_std: float = 0.05,
     ):  # fmt: skip
-        shape = image_shape(shape, square=True)
-        if shape[0] != 1 or shape[1] < 8:
+        shape = image_shape(shape, (1,), square=True)
+        if shape[1] < 8:
             raise ValueError(f"shape must be (1, n, n), n at least 8, got {tuple(shape)}")
         if shape[1] % check_count("factor", factor):
             raise ValueError(f"factor must divide n = {shape[1]}, got {factor}")
-        if not math.isfinite(forcing):
-            raise ValueError(f"forcing must be finite, got {forcing!r}")
-        flow = Flow(
-            shape[1], check_positive("viscosity", viscosity), check_positive("time", time), check_count("steps", steps), float(forcing)
-        )
-        super().__init__(lambda x: flow(x)[..., ::factor, ::factor], GaussianNoise(noise_std), linear=False)
-        self.flow = flow
+        time, viscosity, forcing = check_positive("time", time), check_positive("viscosity", viscosity), check_number("forcing", forcing)
+        super().__init__(self.observed, GaussianNoise(noise_std), linear=False)
+        self.flow, self.factor = Flow(shape[1], viscosity, time, check_count("steps", steps), forcing), factor
         self.config = {
-            "shape": list(shape), "time": float(time), "viscosity": float(viscosity), "factor": factor, "steps": steps,
-            "forcing": float(forcing), "noise_std": float(noise_std),
+            "shape": list(shape), "time": time, "viscosity": viscosity, "factor": factor, "steps": steps, "forcing": forcing,
+            "noise_std": float(noise_std),
         }  # fmt: skip
         self.bind(shape)
 
+    def observed(self, x: Tensor) -> Tensor:
+        """w(T) at the sensors, (M, 1, n, n) to (M, 1, n / factor, n / factor)."""
+        return self.flow(x)[..., :: self.factor, :: self.factor]
+
     def condition(self, y):
         """w(T), interpolated between the sensors by its Fourier coefficients, (B, 1, n, n)."""
-        n, factor = self.shape[-1], self.config["factor"]
-        low = torch.fft.rfft2(y)
-        m = n // factor
+        n, low = self.shape[-1], torch.fft.rfft2(y)
+        top = (n // self.factor + 1) // 2  # without the highest frequency of an even number of sensors, which has no sign
+        kept = torch.arange(1 - top, top, device=y.device)  # along the first axis, where negative ones count from the end
         full = low.new_zeros((*y.shape[:-2], n, n // 2 + 1))
-        top, columns = (m + 1) // 2, (m + 1) // 2  # without the highest frequency of an even m, which has no sign
-        full[..., :top, :columns] = low[..., :top, :columns]
-        if top > 1:
-            full[..., -(top - 1) :, :columns] = low[..., -(top - 1) :, :columns]
-        return torch.fft.irfft2(full * factor**2, s=(n, n))
+        full[..., kept, :top] = low[..., kept, :top]
+        return torch.fft.irfft2(full * self.factor**2, s=(n, n))
 
     @classmethod
     def from_config(cls, config: dict, weights: dict[str, Tensor]) -> "NavierStokes":

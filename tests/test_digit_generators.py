@@ -5,10 +5,9 @@ import torch
 
 from priors import DigitGenerator, digits, held_out_digits
 from priors.digit_generators import CONFIG, FILE, GANTraining, VAETraining
-from rtb_inverse import Posterior, evaluate
+from rtb_inverse import Posterior, importance, smc
 from rtb_inverse.cli import run
 from rtb_inverse.diagnostics import energy_distance
-from rtb_inverse.evaluation import Observations
 from tasks import Inpainting
 
 
@@ -27,13 +26,14 @@ def test_shipped_generators_draw_digits(name, generator):
 
 @pytest.mark.parametrize("name", ["vae", "gan"])
 def test_inpainting_in_noise_space(name, generator):
-    """Guided, untrained: the bounds of log Z are near each other, and the intervals cover."""
-    prior = DigitGenerator.prior(f"priors/digits_{name}", steps=20)
-    posterior = Posterior(prior, Inpainting((1, 8, 8), mask="box", noise_std=0.3), width=32)
-    x = prior.decode(prior.sample(12, generator))
-    report = evaluate(posterior, Observations(posterior.problem.simulate(x, generator), x), 64, generator).numbers
-    assert report["elbo"].value > report["log_z_is"].value - 12
-    assert report["log_likelihood"].value > report["log_likelihood_of_truth"].value - 12
+    """Guided, untrained: a fifth of the prior's distance from the evidence at most (0.05 and 0.11 were seen); the evidence is that of SMC
+    with four times as many particles."""
+    prior, problem = DigitGenerator.prior(f"priors/digits_{name}", steps=20), Inpainting((1, 8, 8), mask="box", noise_std=0.3)
+    guided, plain = Posterior(prior, problem, width=32), Posterior(prior, problem, start="prior", width=32)
+    y = problem.simulate(prior.decode(prior.sample(12, generator)), generator)
+    log_z = smc(guided, y, 256, generator).log_z.mean()
+    near, far = (log_z - importance(posterior, y, 64, generator).log_w.mean() for posterior in (guided, plain))
+    assert 0 < float(near) < 0.2 * float(far)
 
 
 @pytest.mark.parametrize("training", [VAETraining, GANTraining])
@@ -67,6 +67,9 @@ def test_bad_folders(tmp_path):
     DigitGenerator(latent=2, width=4).save_pretrained(tmp_path)
     (tmp_path / FILE).write_bytes(b"pickle")
     with pytest.raises(ValueError, match="safetensors"):
+        DigitGenerator.prior(tmp_path)
+    (tmp_path / CONFIG).write_text('{"latent": 2}')
+    with pytest.raises(ValueError, match="must hold latent and width, got latent"):
         DigitGenerator.prior(tmp_path)
     with pytest.raises(ValueError, match="latent"):
         DigitGenerator(latent=0)

@@ -9,7 +9,8 @@ import torch
 from scipy.integrate import quad
 from scipy.special import gamma, gammainc
 
-from priors.galaxies_data import CORE, Disc, Draws, GalaxyData, galaxies, sersic
+from priors.galaxies_data import CORE, Disc, GalaxyData, galaxies, sersic
+from priors.simulated import Draws
 from rtb_inverse import cli
 
 
@@ -144,7 +145,7 @@ def test_the_recipe_of_the_prior(tmp_path, monkeypatch):
     (lambda: galaxies(0), "n must be an integer of at least 1, got 0"),
     (lambda: galaxies(2, seeded(), 0), "size must be an integer of at least 1, got 0"),
     (lambda: GalaxyData(batch_size=0, images=1), "batch_size must be an integer of at least 1, got 0"),
-    (lambda: GalaxyData(images=0), "n must be an integer of at least 1, got 0"),
+    (lambda: GalaxyData(images=0), "images must be an integer of at least 1, got 0"),
 ])  # fmt: skip
 def test_bad_arguments_get_one_clear_error(call, message):
     with pytest.raises(ValueError, match=message):

@@ -245,7 +245,7 @@ def test_a_saved_posterior_rebuilds_it(tmp_path, make_prior, generator):
     ({"shear": (0.8, 0.6)}, r"shear must be of modulus below 1, got \(0.8, 0.6\)"),
     ({"source_fov": -1.0}, "source_fov must be a finite number above 0, got -1.0"),
     ({"image_fov": 0.0}, "image_fov must be a finite number above 0, got 0.0"),
-    ({"psf_fwhm": -0.1}, "psf_fwhm must be at least 0, got -0.1"),
+    ({"psf_fwhm": -0.1}, "psf_fwhm must be a finite number of at least 0, got -0.1"),
     ({"sky": math.nan}, "sky must be a finite number, got nan"),
     ({"noise_std": 0.0}, "must be"),
 ])  # fmt: skip

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from priors.phantoms_data import FINE, Draws, PhantomData, bodies, frame, paint, phantoms
+from priors.phantoms_data import FINE, Ellipses, PhantomData, bodies, frame, paint, phantoms
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_edges_are_shares_of_samples_and_later_ellipses_cover(some):
 
 
 def test_nothing_sticks_out_into_the_rim():
-    frames, values, shown = bodies(Draws(300, torch.Generator().manual_seed(0)))
+    frames, values, shown = bodies(Ellipses(300, torch.Generator().manual_seed(0)))
     rim = torch.linspace(0, 2 * math.pi, 60)
     circle = torch.stack([rim.cos(), rim.sin(), torch.ones(60)])
     points = frames @ circle  # (n, K, 3, 60)
@@ -82,7 +82,7 @@ def test_phantoms_vary(some):
     flat = some.flatten(1)
     distances = torch.cdist(flat, flat).fill_diagonal_(torch.inf)
     assert float(distances.min()) > 0.5
-    values = bodies(Draws(2000, torch.Generator().manual_seed(0)))[1]
+    values = bodies(Ellipses(2000, torch.Generator().manual_seed(0)))[1]
     bone = (values[:, 0] > 0.5).double()
     assert abs(float(bone.mean()) - 0.35) < 4.5 * (0.35 * 0.65 / 2000) ** 0.5
     fat = (values[:, 0] < values[:, 1] - 0.1).double()
@@ -115,7 +115,7 @@ def test_the_recipe_names_what_there_is():
         (lambda: phantoms(0), "n must be an integer of at least 1, got 0"),
         (lambda: phantoms(2, size=1.5), "size must be an integer of at least 1, got 1.5"),
         (lambda: PhantomData(batch_size=0), "batch_size must be an integer of at least 1, got 0"),
-        (lambda: PhantomData(images=-1), "n must be an integer of at least 1, got -1"),
+        (lambda: PhantomData(images=-1), "images must be an integer of at least 1, got -1"),
     ],
 )
 def test_bad_input_gets_one_clear_error(make, message):

@@ -12,7 +12,6 @@ algorithm (MALA) in the same metric.
 import torch
 from torch import Generator, Tensor
 
-from rtb_inverse.baselines.common import check_differentiable, prepare
 from rtb_inverse.baselines.markov import run_chains
 from rtb_inverse.chains import Prior
 from rtb_inverse.checks import check_count
@@ -43,31 +42,23 @@ def hmc(
         ValueError: bad arguments; a prior whose x_0 is not Gaussian; an operator without gradient; a likelihood that is not finite.
     """
     check_count("leaps", leaps)
-    y = prepare(prior, problem, y)
-    check_differentiable("hmc", problem, prior)
 
-    def move(law, log_likelihood, x, log_lik, angle, generator):
+    def move(law, known, x, values, angle, generator):
         m, e = law.mean, expand(angle, x[0])
-
-        @torch.enable_grad()
-        def pull(x):
-            x = x.detach().requires_grad_()
-            value = log_likelihood(x)
-            return value.detach(), law.times_covariance(torch.autograd.grad(value.sum(), x)[0])
 
         def energy(x, v, log_lik):
             return -log_lik - law.log_prob(x) - law.log_prob(m + v)
 
-        v = law.sample(x.shape[:2], generator) - m
-        before, (_, force), other = energy(x, v, log_lik), pull(x), log_lik
+        v, force = law.sample(x.shape[:2], generator) - m, values[1]
+        before = energy(x, v, values[0])
         for _ in range(leaps):
             v = v + e / 2 * force
             x, v = m + e.cos() * (x - m) + e.sin() * v, e.cos() * v - e.sin() * (x - m)
-            other, force = pull(x)
+            log_lik, force = known(x)
             v = v + e / 2 * force
-        return x, other, before - energy(x, v, other)
+        return x, (log_lik, force), before - energy(x, v, log_lik)
 
     return run_chains(
-        "hmc", prior, problem, y, n, generator, move=move, goal=0.7, cost=leaps + 1, steps=steps, burn_in=burn_in, step_size=step_size,
-        kept=kept, start=start, progress=progress,
+        "hmc", prior, problem, y, n, generator, move=move, gradient=True, goal=0.7, cost=leaps, steps=steps, burn_in=burn_in,
+        step_size=step_size, kept=kept, start=start, progress=progress,
     )  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
-from rtb_inverse.baselines.common import prepare
+from rtb_inverse.baselines.common import check_differentiable, prepare
 from rtb_inverse.chains import Prior
 from rtb_inverse.checks import check_count, check_tensor
 from rtb_inverse.diagnostics import effective_draws, split_r_hat
@@ -34,13 +34,14 @@ def gaussian_law(method: str, prior: Prior) -> GaussianStep:
 
 def run_chains(
     method: str, prior: Prior, problem: InverseProblem, y: Tensor | None, n: int, generator: Generator | None, *, move: Callable,
-    goal: float, cost: int, steps: int, burn_in: int, step_size: float, kept: int, start: Tensor | None, progress: bool,
+    gradient: bool, goal: float, cost: int, steps: int, burn_in: int, step_size: float, kept: int, start: Tensor | None, progress: bool,
 ) -> Particles:  # fmt: skip
     """n chains for each observation, all at once.
 
     Args:
-        move: (law, log_likelihood, x, log_lik, angle, generator) to a proposal (n, B, *shape), its log-likelihood, and the log of the
-            acceptance ratio (n, B); `angle` (B,) is the step size.
+        move: (law, known, x, values, angle, generator) to a proposal (n, B, *shape), the values there, and the log of the acceptance
+            ratio (n, B). `known` gives the values of a state: its log-likelihood (n, B) and, with `gradient`, C times the gradient of that;
+            they are kept with the state. `angle` (B,) is the step size.
         goal: acceptance that the burn-in brings each observation's step size to.
         cost: evaluations of the likelihood in a move.
     """
@@ -50,24 +51,34 @@ def run_chains(
     if not 0 < step_size <= LONGEST:
         raise ValueError(f"step_size must be in (0, pi / 2], got {step_size!r}")
     y, law = prepare(prior, problem, y), gaussian_law(method, prior)
+    if gradient:
+        check_differentiable(method, problem, prior)
     shape = (n, 1 if y is None else len(y), *prior.shape)
     x = law.sample(shape[:2], generator) if start is None else check_tensor("start", start).to(**prior._options())
     if x.shape != shape:
         raise ValueError(f"start must have shape (n, B, *shape) = {shape}, got {tuple(x.shape)}")
 
-    def log_likelihood(x_0: Tensor) -> Tensor:
-        return check_below_infinity("log-likelihood", problem.log_likelihood(prior.decode(x_0), y))
+    def known(x_0: Tensor) -> tuple[Tensor, ...]:
+        with torch.set_grad_enabled(gradient):
+            x_0 = x_0.detach().requires_grad_(gradient)
+            log_lik = check_below_infinity("log-likelihood", problem.log_likelihood(prior.decode(x_0), y))
+            if not gradient:
+                return (log_lik,)
+            return log_lik.detach(), law.times_covariance(torch.autograd.grad(log_lik.sum(), x_0)[0])
 
-    log_lik, angle = log_likelihood(x), x.new_full(shape[1:2], step_size)
+    def choose(accept: Tensor, new: Tensor, old: Tensor) -> Tensor:
+        return torch.where(accept.reshape(accept.shape + (1,) * (new.ndim - 2)), new, old)
+
+    values, angle = known(x), x.new_full(shape[1:2], step_size)
     directions = torch.randn((x[0, 0].numel(), 8), generator=generator, device=x.device, dtype=x.dtype)
     keep = {burn_in + round((i + 1) * steps / kept) - 1 for i in range(kept)}
     accepted, draws, log_w, history = torch.zeros_like(angle), [], [], []
     for k in tqdm(range(burn_in + steps), method, disable=not progress, leave=False):
-        proposal, other, log_ratio = move(law, log_likelihood, x, log_lik, angle, generator)
-        uniform = torch.rand(log_lik.shape, generator=generator, device=x.device, dtype=x.dtype)
-        accept = (uniform.log() < log_ratio) | log_lik.isneginf()  # out of where y is impossible, by any way
-        x = torch.where(accept.reshape(*accept.shape, *(1,) * len(prior.shape)), proposal, x)
-        log_lik = torch.where(accept, other, log_lik)
+        proposal, others, log_ratio = move(law, known, x, values, angle, generator)
+        uniform = torch.rand(shape[:2], generator=generator, device=x.device, dtype=x.dtype)
+        accept = (uniform.log() < log_ratio) | values[0].isneginf()  # out of where y is impossible, by any way
+        x = choose(accept, proposal, x)
+        values = tuple(choose(accept, new, old) for new, old in zip(others, values, strict=True))
         share = accept.to(x.dtype).mean(0)
         if k < burn_in:
             angle = (angle * ((share - goal) / (k + 1) ** 0.5).exp()).clamp_max(LONGEST)
@@ -76,7 +87,7 @@ def run_chains(
             history.append(x.flatten(2) @ directions)
         if k in keep:
             draws.append(x)
-            log_w.append(torch.zeros_like(log_lik).masked_fill(log_lik.isneginf(), -math.inf))
+            log_w.append(torch.zeros_like(values[0]).masked_fill(values[0].isneginf(), -math.inf))
     info: dict[str, Any] = {"acceptance": accepted, "step_size": angle, "evaluations": cost * (burn_in + steps) / kept}
     if len(history) >= 4:
         chains = torch.stack(history)

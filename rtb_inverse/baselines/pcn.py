@@ -42,13 +42,13 @@ def pcn(
         ValueError: bad arguments; a prior whose x_0 is not Gaussian; a likelihood of NaN or +inf.
     """
 
-    def move(law, log_likelihood, x, log_lik, angle, generator):
+    def move(law, known, x, values, angle, generator):
         a = expand(angle, x[0])
         proposal = law.mean + a.cos() * (x - law.mean) + a.sin() * (law.sample(x.shape[:2], generator) - law.mean)
-        other = log_likelihood(proposal)
-        return proposal, other, other - log_lik
+        others = known(proposal)
+        return proposal, others, others[0] - values[0]
 
     return run_chains(
-        "pcn", prior, problem, y, n, generator, move=move, goal=0.25, cost=1, steps=steps, burn_in=burn_in, step_size=step_size, kept=kept,
-        start=start, progress=progress,
+        "pcn", prior, problem, y, n, generator, move=move, gradient=False, goal=0.25, cost=1, steps=steps, burn_in=burn_in,
+        step_size=step_size, kept=kept, start=start, progress=progress,
     )  # fmt: skip
