@@ -57,7 +57,7 @@ def main() -> None:
         y = problem.simulate(x, generator)
         for steps, rounds in ((1, 1), (5, 2)):
             posterior = Posterior(field, problem)
-            posterior.guide = GradientGuidance(problem, lambda z, p=problem: p(field.decode(z)), steps, event_dim=1, rounds=rounds)
+            posterior.guide = GradientGuidance(problem, steps, decode=field.decode, event_dim=1, rounds=rounds)
             line(f"flow, T = {T:g}, {rounds} × {steps} conjugate gradients", posterior, x, y, 32)
         line(f"flow, T = {T:g}, Laplace", Posterior(field, problem), x, y, 32, with_smc=True)
 

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from rtb_inverse.chains import Prior
-from rtb_inverse.noise import GaussianNoise, Noise
+from rtb_inverse.noise import GaussianNoise
 from rtb_inverse.noise_range import NoiseRange
 from rtb_inverse.problems import InverseProblem
 
 DENSE_LIMIT = 2**22  # elements of a matrix that is kept
+TOLD = 1e-6  # of what y tells of the direction of which it tells most: directions below are taken for unseen
 COVARIANCE_LIMIT = 2**20  # of a gain that is kept for each of the K times
 LOCAL_LIMIT = 2**12  # of a gain made for each state
 
@@ -317,24 +318,58 @@ class GradientGuidance(Guide):
 
     Where m is not affine or C not fixed, delta is clipped softly to a root mean square of `clip` times the denoiser's error, and m is
     linearised `rounds` times, each time where the last delta led (Gauss-Newton: J, m and C at x0hat + delta, and J delta added to y - m).
+
+    What y leaves of the variance differs from state to state; `learn` says what it leaves on average.
+
+    Args:
+        problem: differentiable, with a `residual`. decode: from chain space to data space, where that is not the identity.
     """
 
-    operator: Callable[[Tensor], Tensor]
-    noise: Noise
+    basis: Tensor | None
+    seen: Tensor | None  # h, (P, m)
+    weight: Tensor | None  # (V / r)^2, (d, m)
 
     def __init__(
-        self, problem: InverseProblem, operator: Callable[[Tensor], Tensor], iterations: int, clip: float | None = 3.0,
+        self, problem: InverseProblem, iterations: int, clip: float | None = 3.0, decode: Callable[[Tensor], Tensor] | None = None,
         event_dim: int | None = None, rounds: int = 1, covariance: Callable[[Tensor], Tensor] | None = None,
     ):  # fmt: skip
         super().__init__()
-        self.covariance = covariance
+        self.covariance, self._decode, self._residual = covariance, decode, problem.residual
         self._roots: dict[float, Tensor] = {}
-        self.operator, self.iterations, self.clip, self.rounds = operator, iterations, clip, rounds
+        self.iterations, self.clip, self.rounds = iterations, clip, rounds
         self.event_dim = len(problem.shape) if event_dim is None else event_dim
-        self.noise = problem.noise
+        for name in ("basis", "seen", "weight"):
+            self.register_buffer(name, None, persistent=False)
 
     def at(self, x_t, t):
         return t if self.covariance is not None else None
+
+    def misfit(self, x: Tensor, y: Tensor) -> Tensor:
+        """E[y | x] - y, whitened, (*batch, m): x in chain space (*batch, *shape), y (B, *y_shape)."""
+        residual = self._residual(x if self._decode is None else self._decode(x), y)
+        return -residual.reshape(*x.shape[: x.ndim - self.event_dim], -1)
+
+    @torch.no_grad()
+    def learn(self, x_0: Tensor, y: Tensor, r: Tensor) -> "GradientGuidance":
+        """See on pairs what y tells of x_0: the eigenvectors v_i of the mean over them of H = R J^T C^-1 J R, and each h_i = v_i^T H v_i.
+        Of the variance c_i along v_i of the error, in units of R, y leaves the mean of 1 / (1 + c_i h_i). Returns itself.
+
+        Args:
+            x_0, y: P pairs, (P, *shape) and (P, *y_shape). r: root mean square errors (*shape), R = diag(r).
+        """
+        r = r.flatten().to(x_0.dtype)
+        J = jacobian(lambda x: self.misfit(x, y), x_0) * r
+        h, V = torch.linalg.eigh(sum((part.T @ part).double() for part in J) / len(J))
+        V = V[:, h > TOLD * h.max()].to(x_0.dtype)
+        self.basis, self.weight, self.seen = V, V.double() ** 2 / r.double()[:, None] ** 2, (J @ V).double().square().sum(1)
+        return self
+
+    def shrink(self, error: Tensor) -> Tensor | None:
+        """Of an error r_t^2 (*batch or ones, *shape), along the basis; None where nothing has been learnt."""
+        if self.basis is None:
+            return None
+        along = error.flatten(error.ndim - self.event_dim).double() @ self.weight
+        return (1 / (1 + along[..., None, :] * self.seen)).mean(-2)
 
     def root(self, t: Tensor, like: Tensor) -> Tensor:
         """B (d, d) with B B^T = C_t at one time, in the dtype of `like`. Kept: a grid has few times."""
@@ -357,24 +392,16 @@ class GradientGuidance(Guide):
         return (lambda u: product(u, matrices)), (lambda v: product(v, [matrix.T for matrix in matrices]))
 
     def forward(self, x_0, y, error, at=None):
-        """`at`: by what the noise of each observation is multiplied, (B,), None: by nothing; where a covariance is known, the times t,
-        broadcastable to the batch."""
-        shape = x_0.shape
+        shape, left = x_0.shape, self.shrink(error)
         batch, event = shape[: x_0.ndim - self.event_dim], shape[x_0.ndim - self.event_dim :]
-        known, level = self.covariance is not None, 1.0
-        if known:
-            at = at.expand(batch).reshape(-1)
-        elif at is not None:
-            level = at.to(x_0.dtype).expand(batch).reshape(-1, *(1,) * (y.ndim - 1))
-        y = y.expand(*batch, *y.shape[1:]).reshape(-1, *y.shape[1:])
-
-        def misfit(x):
-            clean = self.operator(x)
-            return self.noise.whiten(clean.detach(), self.noise.mean(clean) - y) / level
-
+        at = None if at is None else at.expand(batch).reshape(-1)
         x, delta = x_0.reshape(-1, *event), None
         error = error.expand(shape).reshape(-1, *event)
         root, root_t = self.roots(error, at, x)
+
+        def misfit(x):
+            return self.misfit(x.reshape(shape), y).reshape(len(x), -1)
+
         for _ in range(self.rounds):
             value, pull = torch.func.vjp(misfit, x if delta is None else x + delta)  # type: ignore[misc]  # three only with has_aux
 
@@ -387,7 +414,23 @@ class GradientGuidance(Guide):
             residual = -value if delta is None else push(delta) - value
             delta = root(conjugate_gradients(matrix, root_t(pull(residual)[0]), self.iterations))
             delta = clipped(delta, error, self.clip, self.event_dim)
-        return Update(delta.reshape(shape))
+        return Update(delta.reshape(shape), left, None if left is None else self.basis.to(x_0.dtype))
+
+
+def jacobian(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """J (P, m, d) at x (P, *shape), of a function from (*batch, P, *shape) to (*batch, P, m): by rows or, if there are fewer, by columns,
+    a few at once."""
+    (P, m), d, parts = function(x).shape, x[0].numel(), []
+    for unit in torch.eye(min(m, d), dtype=x.dtype, device=x.device).split(max(1, DENSE_LIMIT // (m * P))):
+        value, pull = torch.func.vjp(function, x.expand(len(unit), *x.shape))  # type: ignore[misc]  # three only with has_aux
+        unit = unit[:, None].expand(-1, P, -1)
+        if m <= d:
+            parts.append(pull(unit)[0].flatten(2))
+        else:
+            push = torch.func.vjp(lambda u, pull=pull: pull(u)[0], torch.zeros_like(value))[1]  # type: ignore[misc]
+            parts.append(push(unit.reshape(*unit.shape[:2], *x.shape[1:]))[0])
+    J = torch.cat(parts)
+    return J.transpose(0, 1) if m <= d else J.permute(1, 2, 0)
 
 
 def clipped(delta: Tensor, error: Tensor, clip: float | None, event_dim: int) -> Tensor:
@@ -401,7 +444,7 @@ def clipped(delta: Tensor, error: Tensor, clip: float | None, event_dim: int) ->
 
 class LevelGuidance(Guide):
     """Each observation has its own noise level l, which y carries: noise of variance l^2 sigma^2 under an error r^2 moves the estimate, and
-    shrinks its variance, as sigma^2 under r^2 / l^2 does. So the guide of level 1 serves them all."""
+    shrinks its variance, as sigma^2 under r^2 / l^2 does. So the guide of level 1 serves them all, if its update is linear in y."""
 
     per_observation = True
 
@@ -414,10 +457,8 @@ class LevelGuidance(Guide):
 
     def forward(self, x_0, y, error, at=None):
         measurement, log_level = self.problem.split(y)
-        level = log_level.double().exp()
-        if isinstance(self.guide, GradientGuidance):
-            return self.guide(x_0, measurement, error, level)
-        return self.guide(x_0, measurement, error / level.reshape(-1, *(1,) * self.event_dim) ** 2, at)
+        level = log_level.double().exp().reshape(-1, *(1,) * self.event_dim)
+        return self.guide(x_0, measurement, error / level**2, at)
 
 
 def conjugate_gradients(matrix: Callable[[Tensor], Tensor], b: Tensor, iterations: int) -> Tensor:
@@ -453,27 +494,26 @@ def guidance(
         return ElementGuidance(problem)
     if isinstance(problem, NoiseRange):
         guide = guidance(problem.operator, decode, event_dim)
-        if isinstance(guide, ElementGuidance):  # its update does not scale with the level
-            guide = GradientGuidance(problem.operator, problem.operator, iterations=5, rounds=2)
-        return None if guide is None else LevelGuidance(problem, guide, len(problem.shape) if event_dim is None else event_dim)
-    if not isinstance(problem.noise, Noise) or not problem.differentiable:
+        if isinstance(guide, MaskGuidance | DenseGuidance):
+            return LevelGuidance(problem, guide, len(problem.shape))
+    if not problem.whitens or not problem.differentiable:
         return None
     if decode is not None:
-        return GradientGuidance(problem, lambda z: problem(decode(z)), iterations=1, event_dim=event_dim)
+        return GradientGuidance(problem, iterations=1, decode=decode, event_dim=event_dim)
     gaussian = isinstance(problem.noise, GaussianNoise)
     if gaussian and problem.mask is not None:
         return MaskGuidance(problem)
     if not problem.linear:
-        return GradientGuidance(problem, problem, iterations=5, rounds=2, covariance=covariance)
+        return GradientGuidance(problem, iterations=5, rounds=2, covariance=covariance)
     if gaussian and problem.shape.numel() * problem.y_shape.numel() <= DENSE_LIMIT:
         return DenseGuidance(problem)
-    return GradientGuidance(problem, problem, iterations=5, clip=None if gaussian else 3.0, covariance=covariance)
+    return GradientGuidance(problem, iterations=5, clip=None if gaussian else 3.0, covariance=covariance)
 
 
 def covariance_guidance(problem: InverseProblem, prior: Prior, beta: float) -> Guide | None:
     """Where the prior knows the covariance of its error: of a small affine operator at each state, or on average, which also serves
     operators that are not affine and noise that is not Gaussian; else None."""
-    if prior.decodes or not isinstance(problem.noise, Noise):
+    if prior.decodes or not problem.whitens:
         return None
     if not isinstance(problem.noise, GaussianNoise) or not problem.linear:
         small = prior.shape.numel() ** 2 <= COVARIANCE_LIMIT

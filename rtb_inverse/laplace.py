@@ -18,8 +18,6 @@ from torch import Tensor
 from rtb_inverse.chains import Prior
 from rtb_inverse.distributions import along
 from rtb_inverse.guidance import Guide, Update
-from rtb_inverse.noise import Noise
-from rtb_inverse.noise_range import NoiseRange
 from rtb_inverse.problems import InverseProblem
 
 LIMIT = 2**14  # elements of J
@@ -31,7 +29,7 @@ AT_ONCE = 2**22  # elements of y in all products with J that are made at once
 class LaplaceGuidance(Guide):
     """
     Args:
-        problem: differentiable, with a noise model of `noise`; bound to the prior's data shape.
+        problem: differentiable, with a `residual`; bound to the prior's data shape.
         prior: white.
         beta: inverse temperature of the likelihood.
     """
@@ -54,9 +52,7 @@ class LaplaceGuidance(Guide):
 
     def misfit(self, z: Tensor, y: Tensor) -> Tensor:
         """sqrt(beta) (E[y | z] - y), whitened by the noise's variance at z, which is held fixed: (M, d) and (M, *y_shape) to (M, m)."""
-        clean = self.problem(self._decode(z.reshape(len(z), *self.starts.shape[1:])))
-        noise: Noise = self.problem.noise
-        return math.sqrt(self.beta) * noise.whiten(clean.detach(), noise.mean(clean) - y).flatten(1)
+        return -math.sqrt(self.beta) * self.problem.residual(self._decode(z.reshape(len(z), *self.starts.shape[1:])), y).flatten(1)
 
     def log_posterior(self, z: Tensor, y: Tensor) -> Tensor:
         """log p(z) + beta log p(y | z) but for a constant: z (N, B, d) or (N, 1, d), y (B, *y_shape) to (N, B)."""
@@ -121,7 +117,7 @@ class LaplaceGuidance(Guide):
 
 def laplace_guidance(problem: InverseProblem, prior: Prior, beta: float) -> LaplaceGuidance | None:
     """Where the prior is white, the problem smooth, and J small; else None."""
-    if not prior.white or isinstance(problem, NoiseRange) or not isinstance(problem.noise, Noise) or not problem.differentiable:
+    if not prior.white or not problem.whitens or not problem.differentiable:
         return None
     if prior.shape.numel() * problem.y_shape.numel() > LIMIT:
         return None

@@ -10,9 +10,10 @@ from torch import Generator, Tensor, nn
 from rtb_inverse import checkpoints
 from rtb_inverse.chains import Chain, Prior, rollout
 from rtb_inverse.checks import check_choice, check_count, check_positive
-from rtb_inverse.guidance import Guide, Update, covariance_guidance, guidance
+from rtb_inverse.guidance import COVARIANCE_LIMIT, DENSE_LIMIT, GradientGuidance, Guide, Update, covariance_guidance, guidance
 from rtb_inverse.laplace import laplace_guidance
 from rtb_inverse.networks import ConditionalUNet, LogZ, ResidualMLP, gaussian_error, on_grid
+from rtb_inverse.noise_range import NoiseRange
 from rtb_inverse.particles import Particles
 from rtb_inverse.problems import InverseProblem, Reward
 from rtb_inverse.references import References
@@ -20,6 +21,7 @@ from rtb_inverse.schedules import expand
 
 WAVES_LIMIT = 128  # elements of an x whose Fourier features a perceptron sees
 REFERENCES_LIMIT = 64  # elements of a generator's z, from where none of its draws is near what a guide finds
+PAIRS = 16  # simulated ones, on which a guide learns what y tells
 LIKELIHOOD_CHUNK = 2**24  # elements of y that the references are compared with at once
 
 
@@ -80,6 +82,8 @@ class Posterior(Chain):
             self.network = (network or self._network(condition)).to(**options)
             self.log_z = LogZ(0 if condition is None else condition[0].numel()).to(**options)
         self.references = self._measured_references() if self.start == "guided" and references else None
+        if self.start == "guided" and isinstance(self.guide, GradientGuidance) and self.references is None:
+            self._learn(self.guide)
         if self.start == "guided" and self._input_gate is not None:
             with torch.no_grad():
                 t = self.times[:-1].flip(0)  # step_index 0 is the last step
@@ -94,6 +98,17 @@ class Posterior(Chain):
             or covariance_guidance(problem, prior, self.beta)
             or guidance(problem, decode, len(prior.shape))
         )
+
+    def _learn(self, guide: GradientGuidance) -> None:
+        """What y leaves of the variances, where the prior knows them; not where the operator is too large, or each y has its own noise."""
+        prior, d = self.prior, self.shape.numel()
+        known = prior.variance == "analytic" and prior.denoiser_error(self.times[-2]) is not None
+        small = d**2 <= COVARIANCE_LIMIT and d * self.problem.y_shape.numel() <= DENSE_LIMIT
+        if known and small and not isinstance(self.problem, NoiseRange):
+            generator = torch.Generator(self.gate.device).manual_seed(3)
+            x_0 = prior.sample(PAIRS, generator)
+            y = self.problem.simulate(self.decode(x_0), generator)
+            guide.learn(x_0, y, self.error(self.times[-2]).sqrt())
 
     @property
     def amortised(self) -> bool:

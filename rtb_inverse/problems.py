@@ -143,11 +143,17 @@ class InverseProblem(nn.Module):
         return self.noise.log_prob(clean, y, event_dim)
 
     def residual(self, x: Tensor, y: Tensor) -> Tensor | None:
-        """y - E[y | x], of covariance 1 under p(y | x): x (*batch, *shape) to (*batch, *y_shape); None where the noise does not know it."""
+        """y - E[y | x], of covariance 1 under p(y | x): x (*batch, *shape) to (*batch, *y_shape); None where the noise does not know it.
+        Its gradient holds the covariance fixed."""
         if not isinstance(self.noise, Noise):
             return None
         clean = self(x)
-        return self.noise.whiten(clean, y - self.noise.mean(clean))
+        return self.noise.whiten(clean.detach(), y - self.noise.mean(clean))
+
+    @property
+    def whitens(self) -> bool:
+        """Whether the `residual` is known."""
+        return isinstance(self.noise, Noise) or type(self).residual is not InverseProblem.residual
 
     def check_y(self, y: Tensor) -> Tensor:
         """y if it is a finite, floating-point batch (B, *y_shape) that the noise model can give; one clear error otherwise."""

@@ -5,10 +5,12 @@ import torch
 
 import rtb_inverse.denoiser_error
 import rtb_inverse.guidance
-from rtb_inverse import GaussianNoise, InverseProblem, PoissonNoise
+from priors import DiffusersPrior
+from rtb_inverse import GaussianNoise, InverseProblem, NoiseRange, PoissonNoise, Posterior, importance
 from rtb_inverse.denoiser_error import DenoiserError, leading_correlations
-from rtb_inverse.guidance import CovarianceGuidance, GradientGuidance, covariance_guidance
+from rtb_inverse.guidance import CovarianceGuidance, GradientGuidance, covariance_guidance, jacobian
 from rtb_inverse.schedules import VarianceExploding
+from tasks import LowDoseCT
 
 D = torch.float64
 M = 20_000
@@ -145,7 +147,7 @@ def test_gradient_guidance_by_a_covariance_is_the_textbook(generator):
     problem = InverseProblem(A, GaussianNoise(torch.tensor([0.3, 0.5], dtype=D)), (d,))
     textbook = CovarianceGuidance(problem, lambda t: covariances[float(t)], beta)
     options = {"iterations": 40, "clip": None, "covariance": lambda t: beta * covariances[float(t)]}
-    guide = GradientGuidance(problem, problem, **options)
+    guide = GradientGuidance(problem, **options)
     x_0, y = torch.randn((6, 3, d), generator=generator, dtype=D), torch.randn((3, 2), generator=generator, dtype=D)
     t = times[torch.tensor([0, 1, 1, 0, 1, 0])][:, None]
     error = torch.ones((6, 1, d), dtype=D)
@@ -179,3 +181,47 @@ def test_an_element_that_never_varies_is_left_alone(generator):
     update = guide(x_0, y, None, torch.tensor(0.5))
     torch.testing.assert_close(update.delta[0, 0], torch.tensor([0.5 / 0.59, 0.0], dtype=D))
     assert bool(torch.isfinite(update.shrink).all())
+
+
+@pytest.mark.parametrize("m", [2, 6])  # fewer rows than columns, and fewer columns
+def test_the_jacobian_of_a_batch(m, generator):
+    A = torch.randn((m, 4), generator=generator, dtype=D)
+    x = torch.randn((3, 2, 2), generator=generator, dtype=D)
+    J = jacobian(lambda x: torch.sin(x.flatten(-2) @ A.T), x)
+    for at, found in zip(x, J, strict=True):
+        torch.testing.assert_close(found, torch.autograd.functional.jacobian(lambda u: torch.sin(A @ u.flatten()), at).flatten(1))
+
+
+def test_what_is_learnt_of_an_affine_operator_is_exact(generator):
+    """Of independent errors and white noise, what is left is that of the Gaussian update, whatever the pairs."""
+    A, r = torch.randn((3, 5), generator=generator, dtype=D), 0.5 + torch.rand(5, generator=generator, dtype=D)
+    problem = InverseProblem(A, GaussianNoise(0.4), (5,))
+    x_0 = torch.randn((4, 5), generator=generator, dtype=D)
+    guide = GradientGuidance(problem, iterations=5).learn(x_0, problem.simulate(x_0, generator), r)
+    for scale in (1.0, 0.01):
+        update = guide(x_0, problem(x_0), (scale * r**2).expand(4, 5))
+        H = r[:, None] * (A.T @ A / 0.4**2) * r
+        left = torch.linalg.inv(torch.eye(5, dtype=D) + scale * H)  # in units of scale r^2
+        V = update.basis
+        torch.testing.assert_close(torch.eye(5, dtype=D) - (V * (1 - update.shrink[0])) @ V.T, left)
+
+
+def test_what_is_learnt_is_the_mean_over_pairs(generator):
+    """Of one element, y = x^2 / 2: h = x^2 / sigma^2 at each pair."""
+    problem = InverseProblem(lambda x: x**2 / 2, GaussianNoise(0.5), (1,))
+    x_0 = torch.tensor([[0.1], [1.0], [3.0]], dtype=D)
+    guide = GradientGuidance(problem, iterations=1).learn(x_0, x_0, torch.tensor([2.0], dtype=D))
+    error = torch.tensor([[0.3], [1.2]], dtype=D)
+    torch.testing.assert_close(guide.shrink(error), (1 / (1 + error * x_0[:, 0] ** 2 / 0.25)).mean(1, keepdim=True))
+
+
+def test_a_nonlinear_problem_is_nearer_by_what_its_guide_has_learnt(generator):
+    """Photon counts of 8x8 digits: a paired test over observations, at 4 standard errors (12 were seen)."""
+    prior = DiffusersPrior.from_pretrained("priors/digits", steps=8)
+    posterior = Posterior(prior, LowDoseCT(prior.shape, 6, photons=3000.0))
+    y = posterior.problem.simulate(prior.sample(12, generator), generator)
+    learnt = importance(posterior, y, 4, torch.Generator().manual_seed(0)).log_w.mean(0)
+    posterior.guide.basis = None
+    gain = learnt - importance(posterior, y, 4, torch.Generator().manual_seed(0)).log_w.mean(0)
+    assert float(gain.mean() / gain.std()) * 12**0.5 > 4
+    assert Posterior(prior, NoiseRange(InverseProblem(torch.square, GaussianNoise(1.0)), 0.1, 1.0)).guide.basis is None

@@ -370,7 +370,7 @@ def test_the_guide_is_the_gaussian_of_mean_and_variance_at_the_estimate(name, ge
     """Against dense linear algebra, with the Jacobian of the mean by autograd and the variance as it is at the estimate."""
     model, A = ALL[name], torch.rand((3, 4), generator=generator, dtype=D)
     problem = InverseProblem(lambda x: x.exp() @ A.to(x.dtype).T, model, (4,))
-    guide = GradientGuidance(problem, problem, iterations=40, clip=None)
+    guide = GradientGuidance(problem, iterations=40, clip=None)
     x_0, error = 0.3 * torch.randn((2, 3, 4), generator=generator, dtype=D), 0.1 + torch.rand((2, 1, 4), generator=generator, dtype=D)
     y = model.sample(problem(x_0[0]), generator)
     update = guide(x_0, y, error)
