@@ -7,11 +7,13 @@ the chain is exact, and what a translation-invariant experiment leaves unknown i
 """
 
 import math
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from priors.generator import GeneratorPrior
+from priors.mixture import read_analytic, save_analytic
 from rtb_inverse.checks import check_count, check_positive
 
 
@@ -57,3 +59,13 @@ class RandomField(GeneratorPrior):
         parameters = {"length_scale": length_scale, "smoothness": smoothness, "variance": variance}
         modes = FourierModes(n, highest, **{name: check_positive(name, value) for name, value in parameters.items()})
         super().__init__(modes, len(modes.modes), steps=steps, **options)
+        self.config = {"n": n, "highest": highest, **parameters}
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the parameters and the schedule as `from_pretrained` reads them."""
+        save_analytic(self, folder, steps=self.steps, **self.config)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "RandomField":
+        """Load what `save_pretrained` wrote, in float32."""
+        return cls(**read_analytic(folder)[1])

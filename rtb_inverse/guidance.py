@@ -499,7 +499,8 @@ def guidance(
     if not problem.whitens or not problem.differentiable:
         return None
     if decode is not None:
-        return GradientGuidance(problem, iterations=1, decode=decode, event_dim=event_dim)
+        small = {"iterations": 5, "rounds": 2, "covariance": covariance} if covariance is not None else {"iterations": 1}
+        return GradientGuidance(problem, decode=decode, event_dim=event_dim, **small)
     gaussian = isinstance(problem.noise, GaussianNoise)
     if gaussian and problem.mask is not None:
         return MaskGuidance(problem)
@@ -512,14 +513,15 @@ def guidance(
 
 def covariance_guidance(problem: InverseProblem, prior: Prior, beta: float) -> Guide | None:
     """Where the prior knows the covariance of its error: of a small affine operator at each state, or on average, which also serves
-    operators that are not affine and noise that is not Gaussian; else None."""
-    if prior.decodes or not problem.whitens:
+    operators that are not affine, noise that is not Gaussian, and latents; else None."""
+    if not problem.whitens:
         return None
-    if not isinstance(problem.noise, GaussianNoise) or not problem.linear:
+    if prior.decodes or not isinstance(problem.noise, GaussianNoise) or not problem.linear:
         small = prior.shape.numel() ** 2 <= COVARIANCE_LIMIT
         if prior.exact_reversal or not small or prior.denoiser_covariance(prior.times[0]) is None:
             return None
-        return guidance(problem, covariance=lambda t: beta * prior.denoiser_covariance(t))
+        decode = prior.decode if prior.decodes else None
+        return guidance(problem, decode, len(prior.shape), lambda t: beta * prior.denoiser_covariance(t))
     size = problem.shape.numel() * problem.y_shape.numel()
     if size <= COVARIANCE_LIMIT and prior.gaussian_covariance() is not None:
         return GaussianGuidance(problem, prior, beta)

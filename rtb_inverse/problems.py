@@ -51,6 +51,7 @@ class InverseProblem(nn.Module):
     config: dict | None = None
     smoothed: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
     _check_clean = staticmethod(check_finite)
+    _called = "operator"
 
     def __init__(self, operator: Callable[[Tensor], Tensor] | Tensor, noise: nn.Module, shape=None, linear: bool | None = None):
         super().__init__()
@@ -102,27 +103,39 @@ class InverseProblem(nn.Module):
             try:
                 clean = self.operator(x)
             except Exception as error:
-                raise ValueError(f"operator failed on x of shape {tuple(x.shape)}: {type(error).__name__}: {error}") from error
+                raise ValueError(f"{self._called} failed on x of shape {tuple(x.shape)}: {type(error).__name__}: {error}") from error
             if not isinstance(clean, Tensor) or clean.ndim < 1 or len(clean) != 3:
                 was = tuple(clean.shape) if isinstance(clean, Tensor) else type(clean).__name__
                 raise ValueError(
-                    f"operator must map a batch (M, *shape) to a batch (M, *y_shape): on x of shape {tuple(x.shape)} it gave {was}"
+                    f"{self._called} must map a batch (M, *shape) to a batch (M, *y_shape): on x of shape {tuple(x.shape)} it gave {was}"
                 )
             if not clean.is_floating_point():
                 hint = "; torch.view_as_real makes one" if clean.is_complex() else ""
-                raise TypeError(f"operator must return a floating-point tensor, got {clean.dtype}{hint}")
-            self._check_clean("operator's output", clean)
+                raise TypeError(f"{self._called} must return a floating-point tensor, got {clean.dtype}{hint}")
+            self._check_clean(f"{self._called}'s output", clean)
             self.differentiable = clean.requires_grad
         clean = clean.detach()
+        self._check_alone(x.detach(), clean)
         if self.linear is None:
-            pair = self.operator(torch.cat([torch.zeros_like(x[:1]), -x[:1]])).detach()
-            if pair.shape != (2, *clean.shape[1:]):
-                raise ValueError(f"operator must keep the batch: on 3 and 2 elements it gave {tuple(clean.shape)} and {tuple(pair.shape)}")
-            zero, mirrored = pair
+            zero, mirrored = self.operator(torch.cat([torch.zeros_like(x[:1]), -x[:1]])).detach()
             atol = 1e-4 * float(clean.abs().max() + 1e-12)
             additive = torch.allclose(clean[2] + zero, clean[0] + clean[1], rtol=1e-4, atol=atol)
             self.linear = bool(additive and torch.allclose(2 * zero, clean[0] + mirrored, rtol=1e-4, atol=atol))
         self.y_shape = clean.shape[1:]
+
+    def _check_alone(self, x: Tensor, clean: Tensor) -> None:
+        """That each element of a batch is seen by itself."""
+        alone = [self.operator(one[None]).detach() for one in x]
+        for one in alone:
+            if one.shape != (1, *clean.shape[1:]):
+                was = f"{tuple(clean.shape)} and {tuple(one.shape)}"
+                raise ValueError(f"{self._called} must keep the batch: on {len(x)} and 1 elements it gave {was}")
+        largest = float(clean.where(clean.isfinite(), 0.0).abs().max()) if clean.numel() else 0.0
+        if not torch.allclose(torch.cat(alone), clean, rtol=1e-3, atol=1e-3 * largest + 1e-12):
+            raise ValueError(
+                f"{self._called} must see each element of a batch by itself, expected the same values of {len(x)} x together and of each "
+                "alone, got others"
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         """A(x), without noise: (*batch, *shape) to (*batch, *y_shape)."""
@@ -211,6 +224,7 @@ class Reward(InverseProblem):
     """
 
     _check_clean = staticmethod(check_below_infinity)
+    _called = "log_reward"
 
     def __init__(self, log_reward: Callable[[Tensor], Tensor], shape=None):
         super().__init__(log_reward, nn.Identity(), shape, linear=False)

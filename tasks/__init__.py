@@ -5,6 +5,7 @@ from tasks.colourisation import Colourisation
 from tasks.compressed_sensing import CompressedSensing
 from tasks.deblurring import Deblurring
 from tasks.denoising import Denoising
+from tasks.diffraction import AmbiguousObjects, CoherentDiffraction
 from tasks.exact import ExactProblem, exact_problem
 from tasks.hdr import HDR
 from tasks.inpainting import Inpainting
@@ -21,7 +22,7 @@ from tasks.super_resolution import SuperResolution
 from tasks.tomography import Tomography
 
 __all__ = [
-    "HDR", "MRI", "ClassConstraint", "ClassReward", "Colourisation", "CompressedSensing", "Deblurring", "Denoising", "ExactProblem",
-    "Inpainting", "InverseScattering", "Lensing", "LensingFamily", "LowDoseCT", "NavierStokes", "PhaseRetrieval", "Quantisation",
-    "SaturatingDeblurring", "SuperResolution", "Tomography", "exact_problem",
+    "HDR", "MRI", "AmbiguousObjects", "ClassConstraint", "ClassReward", "CoherentDiffraction", "Colourisation", "CompressedSensing",
+    "Deblurring", "Denoising", "ExactProblem", "Inpainting", "InverseScattering", "Lensing", "LensingFamily", "LowDoseCT", "NavierStokes",
+    "PhaseRetrieval", "Quantisation", "SaturatingDeblurring", "SuperResolution", "Tomography", "exact_problem",
 ]  # fmt: skip

@@ -1,5 +1,7 @@
 """A picture of all tasks: x, the observation y laid out as an image, and what the posterior network sees of it.
 
+The problems of science have priors of their own, and a block of their own below: galaxies, phantoms, the vorticity of a fluid.
+
 python -m tasks.gallery [prior folder] [file]
 """
 
@@ -15,7 +17,8 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Generator, Size, Tensor
 
-from priors import DiffusersPrior
+from priors import DiffusersPrior, RandomField
+from rtb_inverse.chains import Prior
 from rtb_inverse.problems import InverseProblem
 from tasks.colourisation import Colourisation
 from tasks.compressed_sensing import CompressedSensing
@@ -23,11 +26,15 @@ from tasks.deblurring import Deblurring
 from tasks.denoising import Denoising
 from tasks.hdr import HDR
 from tasks.inpainting import Inpainting
+from tasks.lensing import Lensing
 from tasks.linear import lay_out
+from tasks.low_dose_ct import LowDoseCT
 from tasks.mri import MRI
+from tasks.navier_stokes import NavierStokes
 from tasks.phase_retrieval import PhaseRetrieval
 from tasks.quantisation import Quantisation
 from tasks.saturating_deblurring import SaturatingDeblurring
+from tasks.scattering import InverseScattering
 from tasks.super_resolution import SuperResolution
 from tasks.tomography import Tomography
 
@@ -55,6 +62,13 @@ EXAMPLES: dict[str, Callable[[Size], InverseProblem]] = {
     "phase retrieval": lambda shape: PhaseRetrieval(shape),
     "quantisation, 2 bits": lambda shape: Quantisation(shape, bits=2, noise_std=0.3),
 }
+# The problems of science: a prior, and from its shape to the problem.
+SCIENCE: dict[str, tuple[Callable[[], Prior], Callable[[Size], InverseProblem]]] = {
+    "gravitational lensing": (lambda: shipped("galaxies"), lambda shape: Lensing(shape, 40, sky=-1.0)),
+    "CT, 200 photons": (lambda: shipped("phantoms"), lambda shape: LowDoseCT(shape, 16, photons=200.0)),
+    "inverse scattering": (lambda: shipped("phantoms"), lambda shape: InverseScattering(shape, 16, 32, 0.3, 3.0)),
+    "Navier-Stokes": (lambda: RandomField(32, variance=0.25), lambda shape: NavierStokes(shape, time=4.0, steps=40)),
+}
 TINTS = torch.tensor([[0.95, 0.55, 0.2], [0.3, 0.75, 0.95], [0.6, 0.9, 0.4]])
 
 
@@ -63,29 +77,48 @@ def tinted(x: Tensor) -> Tensor:
     return TINTS[torch.arange(len(x)) % len(TINTS)][:, :, None, None] * (x + 1) - 1
 
 
-def gallery(x: Tensor, file: str | Path, examples: dict[str, Callable[[Size], InverseProblem]] = EXAMPLES) -> None:
+def shipped(name: str) -> DiffusersPrior:
+    """A prior of this repository, by the name of its folder."""
+    return DiffusersPrior.from_pretrained(Path(__file__).parents[1] / "priors" / name)
+
+
+def science(n: int) -> dict[str, tuple[InverseProblem, Tensor]]:
+    """The problems of `SCIENCE`, each with n draws (n, 1, h, w) of its prior."""
+    drawn = {}
+    for title, (load, make) in SCIENCE.items():
+        prior = load()
+        drawn[title] = make(prior.data_shape), prior.decode(prior.sample(n, Generator().manual_seed(0)))
+    return drawn
+
+
+def gallery(
+    x: Tensor, file: str | Path, examples: dict[str, Callable[[Size], InverseProblem]] = EXAMPLES,
+    others: dict[str, tuple[InverseProblem, Tensor]] | None = None,
+) -> None:  # fmt: skip
     """Draw every example on every image.
 
     Args:
         x: grey images in [-1, 1], (B, 1, H, W).
         file: where the picture goes.
         examples: by their titles.
+        others: problems on images (B, 1, h, w) of their own, drawn below.
     """
+    rows = {title: (make(x.shape[1:]), x) for title, make in examples.items()} | (others or {})
     widths = [1, 1, 1, 0.15] * len(x)  # a gap after each image
-    size = (2.0 + 0.95 * sum(widths), 0.97 * len(examples) + 0.4)
-    fig, axes = plt.subplots(len(examples), len(widths), figsize=size, dpi=110, squeeze=False, gridspec_kw={"width_ratios": widths})
+    size = (2.0 + 0.95 * sum(widths), 0.97 * len(rows) + 0.4)
+    fig, axes = plt.subplots(len(rows), len(widths), figsize=size, dpi=110, squeeze=False, gridspec_kw={"width_ratios": widths})
     for ax in axes.flat:
         ax.axis("off")
-    for row, (title, make) in zip(axes, examples.items(), strict=True):
-        problem = make(x.shape[1:])
-        truth = x if problem.shape[0] == x.shape[1] else tinted(x)
+    for row, (title, (problem, images)) in zip(axes, rows.items(), strict=True):
+        truth = images if problem.shape[0] == images.shape[1] else tinted(images)
         y = problem.simulate(truth, Generator().manual_seed(0))
         seen, condition = picture(problem, y), problem.condition(y)[:, : problem.shape[0]]  # further channels say how it was seen
         known = seen[~seen.isnan()]
+        low, high = (float(condition.quantile(q)) for q in (0.05, 0.95))  # a back-projection may go far beyond x
         for b in range(len(x)):
             show(row[4 * b], truth[b], (-1, 1))
             show(row[4 * b + 1], seen[b], (float(known.min()), float(known.max())), aspect="auto")
-            show(row[4 * b + 2], condition[b], (-1, 1))
+            show(row[4 * b + 2], condition[b], (min(low, -1), max(high, 1)))
         row[0].text(-0.1, 0.5, title, transform=row[0].transAxes, ha="right", va="center", fontsize=9)
     for ax, name in zip(axes[0], ("x", "y", "condition(y)", "") * len(x), strict=True):
         ax.set_title(name, fontsize=9)
@@ -121,7 +154,7 @@ def main(folder: str = "priors/mnist", file: str = "tasks/gallery.png") -> None:
     prior = DiffusersPrior.from_pretrained(folder)
     if len(prior.shape) != 3 or prior.shape[0] != 1:
         raise ValueError(f"the prior in {folder!r} must be one of grey images, (1, H, W), got x of shape {tuple(prior.shape)}")
-    gallery(prior.decode(prior.sample(3, Generator().manual_seed(0))), file)
+    gallery(prior.decode(prior.sample(3, Generator().manual_seed(0))), file, others=science(3))
 
 
 if __name__ == "__main__":

@@ -145,7 +145,7 @@ CASES = {
     "operator takes one of the batch": (
         lambda: problem(lambda x: x[0]),  # of the length of the batch, by chance
         ValueError,
-        r"operator must keep the batch: on 3 and 2 elements it gave \(3,\) and \(3,\)",
+        r"operator must keep the batch: on 3 and 1 elements it gave \(3,\) and \(3,\)",
     ),
     "operator gives no tensor": (lambda: problem(lambda x: [x]), ValueError, r"operator must map a batch .* it gave list"),
     "operator rounds to integers": (

@@ -57,9 +57,10 @@ def fitted(tmp_path_factory):
 def assert_same_draws(first: Posterior, second: Posterior):
     y = None
     if first.amortised:
-        y = first.problem.simulate(first.prior.sample(2, torch.Generator().manual_seed(4)), torch.Generator().manual_seed(4))
+        x = first.decode(first.prior.sample(2, torch.Generator().manual_seed(4)))
+        y = first.problem.simulate(x, torch.Generator().manual_seed(4))
     ours, theirs = (posterior.sample(y, 3, torch.Generator().manual_seed(5)).x for posterior in (first, second))
-    assert ours.shape == (3, 2 if first.amortised else 1, *first.prior.shape)
+    assert ours.shape == (3, 2 if first.amortised else 1, *first.prior.data_shape)
     assert torch.equal(ours, theirs)
 
 

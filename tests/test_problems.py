@@ -474,3 +474,14 @@ def test_conjugate_gradients_solve_a_batch_at_once(iterations, generator):
     b[0] = 0  # solved before the first step
     x = conjugate_gradients(lambda v: torch.einsum("mij,mj->mi", A, v), b, iterations)
     torch.testing.assert_close(x, torch.linalg.solve(A, b), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "operator",
+    [lambda x: x - x.mean(0), lambda x: x.softmax(0), lambda x: x.cumsum(0), lambda x: x.flip(0), lambda x: x[:1].expand(len(x), -1)],
+)
+def test_an_operator_that_mixes_the_batch(operator):
+    with pytest.raises(ValueError, match="operator must see each element of a batch by itself"):
+        InverseProblem(operator, GaussianNoise(0.1), (4,))
+    with pytest.raises(ValueError, match="log_reward must see each element of a batch by itself"):
+        Reward(lambda x: operator(x).sum(1), (4,))

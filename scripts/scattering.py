@@ -1,0 +1,77 @@
+"""A body seen by waves that scatter more than once: what can be known of it, and what does it cost to believe the linear (Born) model?
+
+    python scripts/scattering.py [--prior priors/phantoms] [--contrast 0.05 0.5] [--wavelengths 3] [--noise 0.03] [--grid 16] [--draws 16]
+        [--observations 2] [--steps 15] [--zeta 1 3 10] [--seed 0] [--output FOLDER]
+
+Lippmann and Schwinger's fields of phantoms on a coarser --grid, and noise of a share of them. Draws of the guided, untrained posteriors of
+Born's model and of theirs, and of DPS; linear inversion. It and DPS are tuned on 3 others. A line for each contrast, FOLDER/scattering.png.
+"""
+
+import argparse
+import time
+from functools import partial
+
+import torch
+
+from priors import DiffusersPrior, phantoms
+from rtb_inverse import InverseProblem, Posterior
+from rtb_inverse.baselines import dps
+from rtb_inverse.checks import check_writable
+from rtb_inverse.diagnostics import chi_squared, crps, interval_coverage, interval_level, psnr
+from rtb_inverse.guidance import affine
+from rtb_inverse.noise import ComplexGaussianNoise
+from rtb_inverse.plots import plt
+from tasks import InverseScattering
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+options = {"prior": "priors/phantoms", "output": "outputs/scattering", "wavelengths": 3.0, "noise": 0.03, "grid": 16, "draws": 16}
+for name, default in (options | {"observations": 2, "steps": 15, "seed": 0}).items():
+    parser.add_argument(f"--{name}", type=type(default), default=default)
+parser.add_argument("--contrast", type=float, nargs="+", default=[0.05, 0.5])
+o = parser.add_argument("--zeta", type=float, nargs="+", default=[1.0, 3.0, 10.0]) and parser.parse_args()
+g, prior, n = torch.Generator().manual_seed(o.seed), DiffusersPrior.from_pretrained(o.prior, o.steps), o.draws
+x = phantoms(o.observations + 3, g, prior.shape[-1]) if "phantoms" in o.prior else prior.sample(o.observations + 3, g)
+output, pool, (truth, others) = check_writable("output", o.output), torch.nn.AdaptiveAvgPool2d(o.grid), x.tensor_split([-3])
+
+
+def mean(values, digits):
+    return f"{values.mean():.{digits}f} ± {values.std() / len(values) ** 0.5:.{digits}f}"
+
+
+def linear(y, born, weight):  # m + B' (B B' + weight)^{-1} (y - A(m)), with B and A of Born's model and m a mean grey
+    (B, offset), m = affine(born), others.mean()
+    misfit = torch.linalg.solve(B @ B.T + weight * torch.eye(len(B)), (y.flatten(1) - offset - B.sum(1) * m).T.double())
+    return (m + misfit.T @ B).reshape(-1, *prior.shape).float()
+
+
+plt.style.use(["dark_background", {"axes.edgecolor": "black"}])
+fig, axes = plt.subplots(len(o.contrast), 8, figsize=(15, 2.15 * len(o.contrast)), dpi=150, layout="constrained", squeeze=False)
+wave, body = {"cmap": "berlin", "interpolation": "bicubic", "vmin": -1.5, "vmax": 1.5}, {"cmap": "bone", "vmin": -1, "vmax": 1}
+for contrast, row in zip(o.contrast, axes, strict=True):
+    waves = [InverseScattering((1, o.grid, o.grid), 8, 24, contrast, o.wavelengths, m) for m in ("born", "lippmann_schwinger")]
+    by_born, clean = (model(pool(x)) for model in waves)
+    rms, (g_k, _, v) = float(clean.square().sum(-1).mean().sqrt()), waves[1].matrices(x)
+    born, problem = (InverseProblem(torch.nn.Sequential(pool, m), ComplexGaussianNoise(o.noise * rms), prior.shape) for m in waves)
+    y, of_others = problem.simulate(x, g).tensor_split([-3])
+    weight = max((10.0**k * rms**2 for k in range(-6, 3)), key=lambda w: psnr(linear(of_others, born, w), others).mean())
+    zeta = min(o.zeta, key=lambda z: crps(dps(prior, problem, of_others, 8, g, zeta=z / rms, progress=True).x, others).mean())
+    u = torch.linalg.solve(torch.eye(len(g_k)) - g_k * contrast * (pool(truth[0]).flatten() + 1) / 2, v)[:, 0].real
+    shown = {"truth": truth, "a wave in it": u.reshape(1, 1, o.grid, -1), "linear inversion": linear(y, born, weight)}
+    line = f"contrast {contrast:g}, Born {(by_born - clean).norm() / clean.norm():.0%} off; linear: PSNR "
+    line += mean(psnr(shown["linear inversion"], truth), 1)
+    for name, sample in {
+        "posterior of Born": partial(Posterior(prior, born).sample, y, n, g, progress=True),
+        f"DPS (zeta {zeta:g})": partial(dps, prior, problem, y, n, g, zeta=zeta / rms, progress=True),
+        "posterior mean": partial(Posterior(prior, problem).sample, y, n, g, progress=True),
+    }.items():
+        start, z = time.perf_counter(), sample().x
+        seconds, covered = (time.perf_counter() - start) / (n * len(y)), mean(100 * interval_coverage(z, truth, 0.9), 0)
+        line += f"; {name}: PSNR {mean(psnr(z.mean(0), truth), 1)}, CRPS {mean(crps(z, truth), 3)}, {interval_level(n, 0.9):.0%} intervals "
+        line += f"cover {covered} %, chi² {mean(chi_squared(problem.residual(z, y)).reduced, 2)}, {seconds:.2g} s per draw"
+        shown[name.split(" (")[0]] = z.mean(0)
+    print(f"{line}; {o.steps} network evaluations each", flush=True)
+    for ax, (title, image) in zip(row, (shown | {"posterior std": z.std(0), "draw": z[0]}).items(), strict=True):
+        ax.imshow(image[0, 0], aspect="auto", **{"a wave in it": wave, "posterior std": {"cmap": "magma", "vmin": 0}}.get(title, body))
+        title, label = title if ax in axes[0] else "", f"contrast {contrast:g}" if ax is row[0] else ""
+        ax.set(title=title, ylabel=label, box_aspect=1, xticks=[], yticks=[])
+fig.savefig(output / "scattering.png")
