@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from priors import DiffusersPrior, MNISTClassifier, mnist
+from priors import DiffusersPrior, LatentPrior, MNISTClassifier, mnist
 from rtb_inverse.plots import image_grid
 
 REAL = 10_000  # training digits that all are compared with
@@ -76,10 +76,11 @@ def main() -> None:
     classifier = MNISTClassifier.from_pretrained("priors/mnist_classifier")
     print(f"the classifier is right on {(classifier(x).argmax(1) == c).float().mean():.2%} of {len(x)} test digits", flush=True)
 
-    prior, rows = DiffusersPrior.from_pretrained(args.prior), {"real test digits": x[: args.draws]}
+    load = LatentPrior if (Path(args.prior) / "vae").is_dir() else DiffusersPrior
+    prior, rows = load.from_pretrained(args.prior), {"real test digits": x[: args.draws]}
     for steps in args.steps or [prior.steps]:
         generator = torch.Generator().manual_seed(0)
-        draws = prior.set_steps(steps).sample(args.draws, generator).clamp(-1, 1)
+        draws = prior.decode(prior.set_steps(steps).sample(args.draws, generator)).clamp(-1, 1)
         rows[f"draws, {steps} steps"] = draws
         if len(rows) == 2:
             image_grid(torch.cat([draws[:96], x[:32]]), Path(args.prior) / "samples.png")

@@ -48,8 +48,7 @@ class LensingFamily(InverseProblem):
     """`Lensing` behind lenses that vary: one posterior serves them all. y is the vector of the m m pixels of an image and its lens v,
     (B, m m + 5); `observation` makes it. Without an observation, A(x) is the image behind the lens of `problem`.
 
-    A Gaussian guide needs the operator of each observation, which the engine does not ask for: a posterior starts at the prior (or, where
-    exact draws are cheap, from the prior's references).
+    A posterior is guided by the lens of each observation; what it leaves of the variances is taken on average over the lenses.
 
     Args:
         problem: says all but v, of which it has the centre only.

@@ -4,10 +4,17 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DModel, VQModel
 from einops import rearrange
+from lightning.pytorch import LightningDataModule, Trainer
+from torch.utils.data import DataLoader, TensorDataset
 
-from priors import LatentPrior
-from rtb_inverse import Posterior, evaluate, fit, path_log_prob, rollout, simulate_observations
+import rtb_inverse.posterior
+from priors import LatentPrior, MNISTClassifier, digits
+from priors.autoencoders import AutoencoderTraining, LatentData
+from rtb_inverse import Posterior, evaluate, fit, importance, path_log_prob, rollout, simulate_observations
+from rtb_inverse.guidance import guidance
+from rtb_inverse.lightning import quiet
 from rtb_inverse.networks import on_grid
+from rtb_inverse.prior_training import PriorTraining
 from tasks import Inpainting
 
 FLOAT32 = {"rtol": 1e-3, "atol": 1e-3}  # convolutions of batches of other sizes
@@ -123,3 +130,72 @@ def test_bad_input(tmp_path):
     super(LatentPrior, prior).save_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"holds no autoencoder, expected a folder vae/ or vqvae/ beside unet/"):
         LatentPrior.from_pretrained(tmp_path)
+
+
+class Images(LightningDataModule):
+    def __init__(self):
+        super().__init__()
+        self.train_set, self.val_set = (TensorDataset(digits()[0][part], digits()[1][part]) for part in (slice(64), slice(64, 80)))
+
+    def train_dataloader(self):
+        return DataLoader(self.train_set, 16)
+
+    def val_dataloader(self):
+        return DataLoader(self.val_set, 16)
+
+
+def test_the_recipes_make_a_prior(tmp_path):
+    """Autoencoder, then the network of its latents, which have mean 0 and variance 1 over the held-out images."""
+    options = {"max_steps": 4, "accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    with torch.random.fork_rng(devices=[]), quiet():
+        torch.manual_seed(0)
+        Trainer(**options).fit(AutoencoderTraining(COMMON, str(tmp_path)), Images())
+        data = LatentData(Images(), str(tmp_path), batch_size=16)
+        Trainer(**options).fit(PriorTraining(unet(), DDPMScheduler(), str(tmp_path), steps=3, error_draws=16), data)
+    z = data.val_set.tensors[0]
+    assert z.shape == (16, 2, 4, 4) and abs(float(z.mean())) < 0.1 and abs(float(z.std()) - 1) < 0.1
+    prior = LatentPrior.from_pretrained(tmp_path)
+    assert prior.decode(prior.sample(2)).shape == (2, 1, 8, 8)
+    images = data.train_set.tensors[0]  # each a draw about the code of its image
+    code = prior.autoencoder.encode(digits()[0][:64]).latent_dist
+    off = (images / prior.scaling_factor + prior.shift_factor - code.mean) / code.std
+    assert abs(float(off.mean())) < 4 / off.numel() ** 0.5 and abs(float(off.square().mean()) - 1) < 4 * (2 / off.numel()) ** 0.5
+
+
+def test_the_autoencoders_loss(tmp_path):
+    """Where the decoder says 0 and the code is N(0, I), the misfit of x alone; with code N(m, 1), |m|^2 / 2 more."""
+    training = AutoencoderTraining(autoencoder(), str(tmp_path), std=0.5, kl=2.0)
+    with torch.no_grad():
+        for layer in (training.autoencoder.quant_conv, training.autoencoder.decoder.conv_out):
+            layer.weight.zero_()
+            layer.bias.zero_()
+        training.autoencoder.quant_conv.bias[:2] = 0.3  # the means; the others are log-variances
+    x = digits()[0][:5]
+    expected = x.square().flatten(1).sum(1).mean() / (2 * 0.5**2) + 2.0 * 2 * 16 * 0.3**2 / 2
+    torch.testing.assert_close(training.loss(x).detach(), expected)
+
+
+def test_the_shipped_prior_draws_digits(generator):
+    """Of 32 draws the classifier is sure of at least half (0.84 of 500 are), among them at least five digits."""
+    prior, classifier = (
+        LatentPrior.from_pretrained("priors/mnist_latent", steps=20),
+        MNISTClassifier.from_pretrained("priors/mnist_classifier"),
+    )
+    sure, digit = classifier(prior.decode(prior.sample(32, generator))).softmax(1).max(1)
+    assert prior.shape == (3, 7, 7) and prior.data_shape == (1, 28, 28)
+    assert float((sure > 0.9).float().mean()) > 0.5 and len(digit.unique()) >= 5
+
+
+def test_guided_through_the_decoder(generator, monkeypatch):
+    """Small latents, a known covariance of their error: Gauss-Newton is nearer to the evidence than one gradient step at each of six y (if
+    neither were nearer: one time in 64)."""
+    monkeypatch.setattr(rtb_inverse.posterior, "PAIRS", 1)
+    prior = LatentPrior.from_pretrained("priors/mnist_latent", steps=5)
+    problem = Inpainting(prior.data_shape, "random", noise_std=0.3)
+    posterior = Posterior(prior, problem)
+    assert posterior.guide.covariance is not None and (posterior.guide.iterations, posterior.guide.rounds) == (5, 2)
+    y = problem.simulate(prior.decode(prior.sample(6, generator)), generator)
+    near = importance(posterior, y, 2, torch.Generator().manual_seed(0)).log_w.mean(0)
+    posterior.guide = guidance(problem, prior.decode, 3)
+    assert (posterior.guide.iterations, posterior.guide.covariance) == (1, None)
+    assert (near > importance(posterior, y, 2, torch.Generator().manual_seed(0)).log_w.mean(0)).all()

@@ -11,7 +11,7 @@ from rtb_inverse.chains import path_log_prob, rollout
 from rtb_inverse.checkpoints import own_class
 from rtb_inverse.corrections import smc
 from rtb_inverse.evaluation import evaluate, simulate_observations
-from rtb_inverse.guidance import GaussianGuidance, affine
+from rtb_inverse.guidance import GaussianGuidance, affine, guidance
 from rtb_inverse.lightning import fit
 from rtb_inverse.posterior import Posterior
 from tasks import Lensing, LensingFamily
@@ -334,3 +334,19 @@ def test_a_family_is_trained_saved_and_judged(unet2d_prior, tmp_path, generator)
 def test_bad_families_and_lenses_get_one_clear_error(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_the_guide_of_a_family_is_that_of_each_lens(family, generator):
+    """Conjugate gradients to the end, at each observation's own lens, against the matrix of that lens."""
+    problem = family
+    guide = guidance(problem)
+    guide.iterations, guide.clip = 400, None
+    x = torch.randn((2, *SHAPE), generator=generator, dtype=D)
+    y = problem.simulate(x, generator)
+    x_0, error = torch.randn((3, 2, *SHAPE), generator=generator, dtype=D), torch.full((3, 1, *SHAPE), 0.3, dtype=D)
+    delta = guide(x_0, y, error).delta
+    for b, (image, v) in enumerate(zip(*problem.split(y), strict=True)):
+        A = torch.autograd.functional.jacobian(lambda x, v=v: problem.seen(x[None], v[None]).flatten(), x[b]).flatten(1)
+        gain = 0.3 * A.T @ torch.linalg.inv(0.3 * A @ A.T + problem.operator.noise.std.double() ** 2 * torch.eye(len(A), dtype=D))
+        expected = (image.flatten() - problem.seen(x_0[:, b], v[None]).flatten(1)) @ gain.T
+        torch.testing.assert_close(delta[:, b].flatten(1), expected, rtol=1e-5, atol=1e-7)
