@@ -361,7 +361,8 @@ class GradientGuidance(Guide):
         J = jacobian(lambda x: self.misfit(x, y), x_0) * r
         h, V = torch.linalg.eigh(sum((part.T @ part).double() for part in J) / len(J))
         V = V[:, h > TOLD * h.max()].to(x_0.dtype)
-        self.basis, self.weight, self.seen = V, V.double() ** 2 / r.double()[:, None] ** 2, (J @ V).double().square().sum(1)
+        self.basis, self.seen = V, (J @ V).double().square().sum(1)
+        self.weight = (V.double() / r.double()[:, None].clamp_min(1e-15)) ** 2  # an element that never varies has r = 0
         return self
 
     def shrink(self, error: Tensor) -> Tensor | None:
