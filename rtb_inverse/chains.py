@@ -17,7 +17,7 @@ from torch.distributions import Distribution
 from tqdm.auto import tqdm
 
 from rtb_inverse.checks import check_choice, check_count, check_positive
-from rtb_inverse.distributions import GaussianStep, draw
+from rtb_inverse.distributions import GaussianStep, along, draw
 from rtb_inverse.schedules import Schedule, expand
 
 VARIANCES = ("analytic", "small", "large")
@@ -161,7 +161,7 @@ class Prior(Chain):
         across = (sd2 + gain2 * error).maximum(floor)
         # of the variance across, this share comes from not knowing x_0, of which `shrink` is left along the basis
         unknown = (gain2 * error / across).expand(*error.shape[: error.ndim - len(self.shape)], *self.shape)
-        share = torch.einsum("...d,...dm->...m", unknown.flatten(unknown.ndim - len(self.shape)), update.basis.to(unknown) ** 2)
+        share = along(unknown.flatten(unknown.ndim - len(self.shape)), update.basis.to(unknown) ** 2)
         ratio = (1 - share * (1 - update.shrink)).clamp_min(1e-6).sqrt().to(x_t.dtype)
         scale = across.sqrt().to(x_t.dtype)
         return GaussianStep(mean, scale * _exp(log_scale), len(self.shape), update.basis, ratio)
