@@ -9,41 +9,33 @@ Means and standard errors over observations; nominal levels of the intervals in 
 
 import argparse
 import time
+from functools import partial
 
 import torch
-from torch import Generator
+from torch import Generator, Tensor
 
 from priors import LatentPrior
 from rtb_inverse import Particles, Posterior, importance, smc
-from rtb_inverse.baselines import dps
-from rtb_inverse.diagnostics import chi_squared, crps, interval_coverage, interval_level, psnr
+from rtb_inverse.baselines import dps, tuned_zeta
+from rtb_inverse.diagnostics import Estimate, interval_level
+from rtb_inverse.evaluation import scores
 from rtb_inverse.guidance import GradientGuidance
 from tasks import Inpainting, SuperResolution
 
 ZETAS = (0.1, 0.3, 1.0, 3.0)
 
 
-def row(name: str, draws: Particles, problem, x, y, seconds: float, bounds: bool) -> str:
+def row(name: str, problem, draws: Particles, y: Tensor, x: Tensor, seconds: float) -> str:
+    """Of draws with their weights; those of SMC are resampled, and only path weights bound the evidence."""
     z = draws.resample(generator=Generator().manual_seed(2)).x if "SMC" in name else draws.x
-    known = [problem.log_likelihood(z, y).mean(0), *((draws.log_w.mean(0), draws.log_z) if bounds else (None, draws.log_z))]
-    known = known if bounds or "SMC" in name else [known[0], None, None]
-    known += [psnr(z.mean(0), x), crps(z, x), chi_squared(problem.residual(z, y)).reduced, interval_coverage(z, x, 0.9)]
-    cells = ["" if v is None else f"{v.mean():.3g} ± {v.std() / len(v) ** 0.5:.2g}" for v in known]
-    return f"| {name} | {' | '.join(cells)} ({interval_level(len(z), 0.9):.3f}) | {seconds / z.shape[:2].numel():.2g} |"
-
-
-def ways(prior, problem, posterior: Posterior, plain: Posterior, y, n: int, zeta: float) -> dict:
-    """Whether there are bounds of the evidence, and how to draw."""
-
-    def seeded() -> Generator:
-        return Generator().manual_seed(1)
-
-    return {
-        "ours, Gauss-Newton": (True, lambda: importance(posterior, y, n, seeded())),
-        "ours, one gradient step": (True, lambda: importance(plain, y, n, seeded())),
-        "ours, SMC": (False, lambda: smc(posterior, y, n, seeded())),
-        f"latent DPS, {prior.steps} steps, zeta {zeta:g}": (False, lambda: dps(prior, problem, y, n, seeded(), zeta=zeta)),
-    }
+    of = {key: str(Estimate.of(value)) for key, value in scores(problem, z, y, x).items()}
+    if "DPS" not in name:
+        of["log Z"] = str(Estimate.of(draws.log_z))
+    if "DPS" not in name and "SMC" not in name:
+        of["ELBO"] = str(Estimate.of(draws.log_w.mean(0)))
+    level, each = f"{interval_level(len(z), 0.9):.3f}", seconds / draws.log_w.numel()
+    cells = (of.get(key, "") for key in ("log_likelihood", "ELBO", "log Z", "psnr", "crps", "chi_squared", "coverage_90"))
+    return f"| {name} | {' | '.join(cells)} ({level}) | {each:.2g} |"
 
 
 def main() -> None:
@@ -62,19 +54,19 @@ def main() -> None:
         x = prior.decode(prior.sample(o.observations + 3, generator))
         y = problem.simulate(x, generator)
         (others, x), (theirs, y) = x.split([3, o.observations]), y.split([3, o.observations])
-
-        def best(zeta: float, problem=problem, others=others, theirs=theirs) -> float:
-            return float(crps(dps(prior, problem, theirs, n, Generator().manual_seed(1), zeta=zeta).x, others).mean())
-
-        zeta, posterior, plain = min(ZETAS, key=best), Posterior(prior, problem), Posterior(prior, problem)
+        zeta = tuned_zeta(prior, problem, others, theirs, ZETAS, n, Generator().manual_seed(1))
+        posterior, plain = Posterior(prior, problem), Posterior(prior, problem)
         plain.guide = GradientGuidance(problem, 1, decode=prior.decode, event_dim=len(prior.shape))
-        truth = problem.log_likelihood(x, y)
-        print(f"\n#### {title}\n\nLog-likelihood of the truth {truth.mean():.0f} ± {truth.std() / len(truth) ** 0.5:.1f}.\n")
+        print(f"\n#### {title}\n\nLog-likelihood of the truth {Estimate.of(problem.log_likelihood(x, y))}.\n")
         print("| | log-likelihood | ELBO | log Z | PSNR | CRPS | chi² | coverage | CPU s |\n|---|---|---|---|---|---|---|---|---|")
-        for name, (bounds, sample) in ways(prior, problem, posterior, plain, y, n, zeta).items():
-            start = time.process_time()
-            draws = sample()
-            print(row(name, draws, problem, x, y, time.process_time() - start, bounds), flush=True)
+        for name, sample in {
+            "ours, Gauss-Newton": partial(importance, posterior),
+            "ours, one gradient step": partial(importance, plain),
+            "ours, SMC": partial(smc, posterior),
+            f"latent DPS, {prior.steps} steps, zeta {zeta:g}": partial(dps, prior, problem, zeta=zeta),
+        }.items():
+            start, draws = time.process_time(), sample(y, n, Generator().manual_seed(1))
+            print(row(name, problem, draws, y, x, time.process_time() - start), flush=True)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ import argparse
 import functools
 import json
 import logging
-import math
 import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
@@ -35,8 +34,8 @@ import torch
 from torch import Generator, Tensor
 
 from priors import DiffusersPrior, MNISTClassifier
-from rtb_inverse import InverseProblem, Posterior, evaluate, fit, simulate_observations, smc
-from rtb_inverse.baselines import dps
+from rtb_inverse import Posterior, evaluate, fit, simulate_observations, smc
+from rtb_inverse.baselines import dps, tuned_zeta
 from rtb_inverse.diagnostics import Estimate, crps, interval_coverage, interval_level, psnr
 from rtb_inverse.evaluation import Observations
 from rtb_inverse.particles import Particles
@@ -88,18 +87,6 @@ def prior_draws(folder: str) -> tuple[Tensor, float]:
 def held_out(posterior: Posterior) -> Observations:
     """Four observations to tune rivals on."""
     return simulate_observations(posterior, 4, Generator().manual_seed(999))
-
-
-def tuned_dps(prior: DiffusersPrior, problem: InverseProblem, held: Observations) -> float:
-    """The zeta, of four, with the best CRPS of few draws."""
-    scores = []
-    for zeta in ZETAS:
-        try:
-            draws = dps(prior, problem, held.y, 2 if prior.steps > 60 else 4, Generator().manual_seed(0), zeta=zeta)
-            scores.append(float(crps(draws.x, held.x).mean()))
-        except ValueError:  # states that left the finite numbers
-            scores.append(math.inf)
-    return ZETAS[scores.index(min(scores))]
 
 
 def class_shares(classifier: MNISTClassifier, x: Tensor) -> Tensor:
@@ -166,7 +153,8 @@ def compare(task: str, args: argparse.Namespace) -> str:
     zetas, rivals = [], {}
     for multiple, n in ((1, DRAWS), (BUDGET, DRAWS // 4)):
         fine = DiffusersPrior.from_pretrained(args.prior, steps=multiple * prior.steps)
-        zetas.append(tuned_dps(fine, problem, held_out(posterior)))
+        others, tries = held_out(posterior), 2 if fine.steps > 60 else 4
+        zetas.append(tuned_zeta(fine, problem, others.x, others.y, ZETAS, tries, Generator().manual_seed(0)))
         run = functools.partial(dps, fine, problem, held.y, n, Generator().manual_seed(0), zeta=zetas[-1])
         try:
             rivals[f"DPS, {fine.steps} steps"], seconds = timed(run)

@@ -16,6 +16,7 @@ from torch import Generator, Tensor
 
 from priors import DiffusersPrior
 from rtb_inverse import Posterior, fit, importance
+from rtb_inverse.diagnostics import Estimate
 from tasks import Lensing, LensingFamily, PhaseRetrieval
 
 WHAT = ("ELBO", "log Z", "ESS", "log-likelihood")
@@ -46,7 +47,7 @@ def main() -> None:
         after = torch.cat([numbers(one, of[None], o.draws) for one, of in zip(own, y, strict=True)])
         rows = {"amortised, guided, untrained": before, f"{o.steps} steps on the one y": after, "gain": after - before}
         for name, values in rows.items():
-            cells = [f"{v.mean():.4g} ± {v.std() / len(v) ** 0.5:.2g}" for v in values.T]
+            cells = [str(Estimate.of(v)) for v in values.T]
             seconds = f"{(time.process_time() - start) / len(y):.0f} per y" if name == "gain" else ""
             print(f"| {title} | {name} | {' | '.join(cells)} | {seconds} |", flush=True)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from priors.generator import GeneratorPrior
+from priors.variational import VariationalTraining
 from rtb_inverse.averaging import ExponentialMovingAverage
 from rtb_inverse.checkpoints import load_into, load_weights, read_json, save_tensors, write_json
 from rtb_inverse.checks import check_count, check_number, check_positive, check_writable
@@ -65,41 +66,25 @@ class DigitGenerator(nn.Module):
         return GeneratorPrior(generator, generator.latent, steps=steps)
 
 
-class VAETraining(LightningModule):
+class VAETraining(VariationalTraining):
     """
     Args:
-        output: folder for the finished generator; must be writable, which is tried before any work.
-        latent, width: of the generator. lr: learning rate, which falls to 0 along a cosine. std: s > 0, of x about f(z).
+        output: folder for the finished generator.
+        latent, width: of the generator. lr, std: see `VariationalTraining`.
     """
 
     def __init__(self, output: str, latent: int = 16, width: int = 128, lr: float = 1e-3, std: float = 0.2):
-        super().__init__()
+        super().__init__(output, lr, std)
         self.generator, self.encoder = DigitGenerator(latent, width), perceptron(64, 2 * latent, width)
-        self.output, self.lr, self.std = check_writable("output", output), check_positive("lr", lr), check_positive("std", std)
 
-    def loss(self, x: Tensor) -> Tensor:
-        """Minus the evidence bound of x (M, 1, 8, 8), per image, but for a constant."""
-        mean, log_std = self.encoder(x.flatten(1)).chunk(2, 1)
-        z = mean + log_std.exp() * torch.randn_like(mean)
-        misfit = (x - self.generator(z)).square().flatten(1).sum(1) / (2 * self.std**2)
-        return (misfit + 0.5 * (mean**2 + (2 * log_std).exp() - 1 - 2 * log_std).sum(1)).mean()
+    def encode(self, x):
+        return self.encoder(x.flatten(1)).chunk(2, 1)
 
-    def training_step(self, batch, index):
-        loss = self.loss(batch[0])
-        self.log("loss", loss, prog_bar=True)
-        return loss
+    def decode(self, z):
+        return self.generator(z)
 
-    def validation_step(self, batch, index):
-        self.log("val_loss", torch.stack([self.loss(batch[0]) for _ in range(8)]).mean(), prog_bar=True)
-
-    def configure_optimizers(self):
-        optimizer = torch.optim.AdamW(self.parameters(), self.lr, weight_decay=1e-4)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, int(self.trainer.estimated_stepping_batches))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def on_train_end(self):
-        if self.trainer.is_global_zero:
-            self.generator.save_pretrained(self.output)
+    def save(self):
+        self.generator.save_pretrained(self.output)
 
 
 class GANTraining(LightningModule):

@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 from torchvision.datasets import MNIST
+
+from priors.tensor_data import TensorData
 
 HELD_OUT = 5_000  # the last ones of the training part
 PARTS = {
@@ -38,7 +39,7 @@ def mnist(folder: str | Path, part: str = "train") -> tuple[Tensor, Tensor]:
     return (data.data[chosen] / 127.5 - 1)[:, None], data.targets[chosen]
 
 
-class MNISTData(LightningDataModule):
+class MNISTData(TensorData):
     """MNIST for training a prior or a classifier, batches (images, labels); validation on images held out.
 
     Args:
@@ -51,13 +52,5 @@ class MNISTData(LightningDataModule):
     """
 
     def __init__(self, folder: str = "../shared/data", batch_size: int = 64, held_out: int = HELD_OUT):
-        super().__init__()
-        self.batch_size = batch_size
-        self.train_set = TensorDataset(*mnist(folder, "train"))
-        self.val_set = TensorDataset(*(tensor[:held_out] for tensor in mnist(folder, "held_out")))
-
-    def train_dataloader(self):
-        return DataLoader(self.train_set, self.batch_size, shuffle=True, drop_last=True)
-
-    def val_dataloader(self):
-        return DataLoader(self.val_set, len(self.val_set))
+        held = TensorDataset(*(tensor[:held_out] for tensor in mnist(folder, "held_out")))
+        super().__init__(TensorDataset(*mnist(folder, "train")), held, batch_size)

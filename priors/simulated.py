@@ -4,10 +4,10 @@ import math
 from collections.abc import Callable
 
 import torch
-from lightning.pytorch import LightningDataModule
 from torch import Generator, Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
+from priors.tensor_data import TensorData
 from rtb_inverse.checks import check_count
 
 AT_ONCE = 256  # images made together
@@ -38,7 +38,7 @@ def in_parts(n: int, make: Callable[[int], Tensor]) -> Tensor:
     return torch.cat([make(min(AT_ONCE, n - first)) for first in range(0, n, AT_ONCE)])
 
 
-class SimulatedData(LightningDataModule):
+class SimulatedData(TensorData):
     """Simulated images for training a prior, (batch_size, 1, size, size); validation on others. Subclasses say how one `make`s them.
 
     Args:
@@ -54,14 +54,6 @@ class SimulatedData(LightningDataModule):
     make: Callable[[int, Generator, int], Tensor]
 
     def __init__(self, batch_size: int = 64, images: int = 20_000, held_out: int = 512, size: int = 32):
-        super().__init__()
-        self.batch_size = check_count("batch_size", batch_size)
         counts = check_count("images", images), check_count("held_out", held_out)
-        made = [self.make(count, Generator().manual_seed(seed), size) for seed, count in enumerate(counts)]
-        self.train_set, self.val_set = (TensorDataset(x) for x in made)
-
-    def train_dataloader(self):
-        return DataLoader(self.train_set, self.batch_size, shuffle=True, drop_last=True)
-
-    def val_dataloader(self):
-        return DataLoader(self.val_set, len(self.val_set))
+        train, val = (TensorDataset(self.make(count, Generator().manual_seed(seed), size)) for seed, count in enumerate(counts))
+        super().__init__(train, val, batch_size)

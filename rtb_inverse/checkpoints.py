@@ -169,11 +169,20 @@ def load_posterior(cls, folder: Path, prior=None, problem=None, **options):
 
 def load_posterior_weights(posterior, weights: dict[str, Tensor], file: Path) -> None:
     """Fill a posterior, prior apart; names, shapes and the problem must match."""
+    take_learnt(posterior, weights)
     check_fit(posterior, weights, file)
     missing, unexpected = posterior.load_state_dict(weights, strict=False)
     missing = [name for name in missing if not name.startswith(("prior.", "guide."))]
     if missing or unexpected:
         raise ValueError(f"{file} does not fit this posterior: missing {missing[:3]}, unexpected {unexpected[:3]}")
+
+
+def take_learnt(posterior, weights: Mapping[str, Tensor]) -> None:
+    """What the guide had learnt, in place of what it has: on another device its pairs are others, and of their directions there may be more
+    or fewer."""
+    for name, value in weights.items():
+        if name.startswith("guide.") and hasattr(posterior.guide, name.removeprefix("guide.")):
+            setattr(posterior.guide, name.removeprefix("guide."), value.to(posterior.gate.device))
 
 
 def check_fit(posterior, weights: Mapping[str, Tensor], file: str | Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,8 +33,10 @@ from rtb_inverse.diagnostics import (
 )
 from rtb_inverse.particles import Particles
 from rtb_inverse.posterior import Posterior
+from rtb_inverse.problems import InverseProblem
 
 LEVELS = (0.5, 0.8, 0.9)
+BRIEF = ("psnr", "crps", "chi_squared", "coverage_90")  # the last with its nominal level
 TRUTH = "the truth is not known: no log_likelihood_of_truth, psnr, ssim, crps, coverage, sbc or tarp"
 MEANING = {
     "elbo": "lower bound of log p(y), over the posterior's own paths",
@@ -168,6 +171,38 @@ def observe(posterior: Posterior, x: Tensor, generator: Generator | None = None)
 
 
 @torch.no_grad()
+def scores(problem: InverseProblem, draws: Tensor, y: Tensor | None, truth: Tensor | None = None) -> dict[str, Tensor]:
+    """What draws of any method can be asked, by names that `MEANING` explains, each (B,).
+
+    Args:
+        draws: in data space, (N, B, *data_shape), unweighted. y: (B, *y_shape). truth: what made y, (B, *data_shape), where it is known.
+    """
+    values, residual = {"log_likelihood": problem.log_likelihood(draws, y).mean(0)}, problem.residual(draws, y)
+    if residual is not None:
+        values["chi_squared"] = chi_squared(residual).reduced
+    if truth is not None:
+        mean = draws.mean(0)
+        values |= {"log_likelihood_of_truth": problem.log_likelihood(truth, y), "psnr": psnr(mean, truth)}
+        if truth.ndim == 4:
+            values["ssim"] = ssim(mean, truth)
+        values["crps"] = crps(draws, truth)
+        values |= {f"coverage_{level * 100:.0f}": interval_coverage(draws, truth, level) for level in LEVELS}
+    return values
+
+
+def judge(
+    problem: InverseProblem, sample: Callable[[], Particles], y: Tensor, truth: Tensor, generator: Generator | None = None
+) -> tuple[Tensor, str]:
+    """Draws of any sampler, resampled by their weights, (N, B, *data_shape), and a line: its main `scores` (`BRIEF`) and wall time."""
+    start, draws = time.perf_counter(), sample()
+    seconds = (time.perf_counter() - start) / draws.log_w.numel()
+    x = draws.resample(generator=generator).x
+    found = scores(problem, x, y, truth)
+    said = ", ".join(f"{name} {Estimate.of(found[name])}" for name in BRIEF if name in found)
+    return x, f"{said} ({interval_level(len(x), 0.9):.3f}), {seconds:.2g} s per draw"
+
+
+@torch.no_grad()
 def evaluate(
     posterior: Posterior, observations: Observations | Tensor, n: int = 64, generator: Generator | None = None, *,
     chunk_size: int | None = 4096, progress: bool = False,
@@ -203,27 +238,17 @@ def evaluate(
         "log_z_is": log_mean_weight(draws.log_w),
         "log_z_learned": posterior.log_evidence(y).expand(len(y)),
         "ess": effective_sample_size(draws.log_w),
-        "log_likelihood": posterior.problem.log_likelihood(draws.x, y).mean(0),
     }
     absent = {} if held.paths is not None else {"eubo": "needs the prior's roll-outs that made the y (simulate_observations)"}
     if held.paths is not None:
         paths = held.paths
         log_w = path_log_prob(posterior.prior, paths, chunk_size) + posterior.log_likelihood(paths.x_0, y)
         values["eubo"] = eubo(log_w - path_log_prob(posterior, paths, chunk_size))
-    residual = posterior.problem.residual(draws.x, y)
-    if residual is not None:
-        values["chi_squared"] = chi_squared(residual).reduced
-    else:
+    values |= scores(posterior.problem, draws.x, y, held.x)
+    if "chi_squared" not in values:
         absent["chi_squared"] = "needs a noise model that knows its mean and variance"
     p_values, ranks, coverage = {}, None, None
     if held.x is not None:
-        values["log_likelihood_of_truth"] = posterior.problem.log_likelihood(held.x, y)
-        values["psnr"] = psnr(draws.x.mean(0), held.x)
-        if held.x.ndim == 4:
-            values["ssim"] = ssim(draws.x.mean(0), held.x)
-        values["crps"] = crps(draws.x, held.x)
-        for level in LEVELS:
-            values[f"coverage_{level * 100:.0f}"] = interval_coverage(draws.x, held.x, level)
         if len(y) < LEAST_OBSERVATIONS:
             absent["p-values"] = f"a test of calibration needs at least {LEAST_OBSERVATIONS} observations"
         else:

@@ -339,7 +339,7 @@ class GradientGuidance(Guide):
         self.iterations, self.clip, self.rounds = iterations, clip, rounds
         self.event_dim = len(problem.shape) if event_dim is None else event_dim
         for name in ("basis", "seen", "weight"):
-            self.register_buffer(name, None, persistent=False)
+            self.register_buffer(name, None)  # saved with a posterior, once learnt
 
     def at(self, x_t, t):
         return t if self.covariance is not None else None

@@ -349,6 +349,7 @@ class PosteriorTraining(LightningModule):
         if "sources" not in checkpoint:
             raise ValueError("ckpt_path must be a checkpoint of PosteriorTraining, got one without its sources of paths")
         weights = {name.removeprefix("posterior."): v for name, v in checkpoint["state_dict"].items() if name.startswith("posterior.")}
+        checkpoints.take_learnt(self.posterior, weights)
         checkpoints.check_fit(self.posterior, weights, "ckpt_path")
         for name, value in self.state_dict().items():
             if name.startswith("posterior.prior."):

@@ -372,6 +372,16 @@ class PoissonNoise(RateNoise):
     def possible(self, clean, y):
         return super().possible(clean, y) & ((self.rate(clean) > 0) | (y == 0))
 
+    def log_prob(self, clean, y, event_dim):
+        """As of `Noise`; of A(x) (*batch, 1, *event) and y (B, *event), sum y log lambda - lambda - log y! by one matrix product."""
+        many = event_dim and clean.ndim > event_dim + 1 and clean.shape[-1 - event_dim] == 1 and y.ndim == event_dim + 1
+        if not many or not self.allows(clean).all():
+            return super().log_prob(clean, y, event_dim)
+        rate, flat = self.rate(clean.double()).expand(*clean.shape[:-event_dim], *y.shape[1:]).flatten(-event_dim), y.double().flatten(1)
+        allowed = self.supports(flat).all(1) & ~((rate == 0).double() @ (flat > 0).double().T).bool()
+        log_p = above_zero(rate).log() @ flat.T - rate.sum(-1, keepdim=True) - torch.lgamma(flat + 1).sum(1)
+        return log_p.where(allowed, -torch.inf)[..., 0, :].to(clean.dtype)
+
     def _draw(self, clean, generator):
         return torch.poisson(self.rate(clean), generator=generator)
 
@@ -386,6 +396,7 @@ class NegativeBinomialNoise(PoissonNoise):
     """
 
     total_count: Tensor
+    log_prob = Noise.log_prob  # no matrix product
 
     def __init__(self, total_count: float | Tensor, gain: float | Tensor = 1.0, background: float | Tensor = 0.0):
         super().__init__(gain, background)

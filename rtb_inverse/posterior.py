@@ -249,8 +249,8 @@ class Posterior(Chain):
         return y if y is None else y.to(self.gate.device, self.gate.dtype)
 
     def weights(self) -> dict[str, Tensor]:
-        """State of everything but the prior, and the guide, which is made of the problem."""
-        return {name: value for name, value in self.state_dict().items() if not name.startswith(("prior.", "guide."))}
+        """State of everything but the prior, and the problem as the guide has it."""
+        return {name: value for name, value in self.state_dict().items() if not name.startswith(("prior.", "guide.problem."))}
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the posterior as a folder: config.json, safetensors, and its prior in prior/ (where that knows how to save itself)."""

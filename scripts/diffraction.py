@@ -16,22 +16,22 @@ import torch
 
 from rtb_inverse import Particles, Posterior, refine, smc
 from rtb_inverse.baselines import dps
-from rtb_inverse.checks import check_count, check_writable
+from rtb_inverse.checks import check_writable
+from rtb_inverse.diagnostics import Estimate, clustered_p_value
 from rtb_inverse.plots import plt
-from tasks.diffraction import AmbiguousObjects, clustered_p_value
+from tasks import AmbiguousObjects
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 options = {"photons": 100.0, "std": 0.05, "background": 0.1, "draws": 128, "observations": 6, "rounds": 2, "steps": 40, "seed": 0}
 for name, default in (options | {"output": Path("outputs/diffraction")}).items():
     parser.add_argument(f"--{name}", type=type(default), default=default)
 o = parser.parse_args()
-output, n, B = check_writable("output", o.output), check_count("draws", o.draws, 2), check_count("observations", o.observations, 2)
+output, n, B = check_writable("output", o.output), o.draws, o.observations
 exact = AmbiguousObjects.letters(o.std, o.steps, photons=o.photons, background=o.background)
 g, prior, problem, known = torch.Generator().manual_seed(o.seed), exact.prior, exact.problem, 3 * exact.prior.log_weights.exp()[:8]
-x, found = prior.sample(B, g), {}
+found, x = {}, prior.sample(B, g)
 y, truth = problem.simulate(x, g), exact.shares(Particles(x[None], torch.zeros(1, B))).argmax(1) // 8
-start, posterior = time.perf_counter(), Posterior(prior, problem)
-line = f"set up in {time.perf_counter() - start:.0f} s; {float(y.flatten(1).sum(1).mean()):.0f} counts"
+posterior, line = Posterior(prior, problem), f"{float(y.flatten(1).sum(1).mean()):.0f} counts"
 ways = {
     "exact": lambda: Particles(exact.draws(y, n, g), torch.zeros(n, B)),
     "guided": lambda: posterior.sample(y, n, g, progress=True),
@@ -43,10 +43,10 @@ for name, sample in ways.items():
     seconds, shares = (time.perf_counter() - start) / (n * B), exact.shares(draws).unflatten(1, (3, 8))[torch.arange(B), truth]
     tv, right = ((shares - known).abs().sum(1) + 1 - shares.sum(1)) / 2, shares.sum(1, keepdim=True)
     found[name], cost = (draws, shares, float(tv.mean())), draws.info.get("evaluations", 0 if name == "exact" else o.steps)
-    line += f"; {name}: TV {tv.mean():.3f} ± {tv.std() / B**0.5:.3f}, p {clustered_p_value(shares / right, known):.2g}, wrong object "
+    line += f"; {name}: TV {Estimate.of(tv)}, p {clustered_p_value(shares / right, known):.2g}, wrong object "
     line += f"{1 - right.mean():.3f}, chi² {problem.residual(draws.x, y).square().mean():.2f}, {cost:.0f} evaluations, {seconds:.2g} s"
 gap = found["SMC"][0].log_z - exact.log_evidence(y)
-print(f"{line}; all per draw; log evidence by SMC off by {gap.mean():.2f} ± {gap.std() / B**0.5:.2f}")
+print(f"{line}; all per draw; log evidence by SMC off by {Estimate.of(gap)}")
 
 best, draws = min((name for name in ways if "DPS" in name), key=lambda name: found[name][2]), found["refined"][0].x[:, 0]
 mode = torch.cdist(draws, prior.means).argmin(1) - 8 * truth[0]

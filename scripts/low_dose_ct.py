@@ -9,7 +9,7 @@ FOLDER/low_dose_ct.png. Of several --zeta, DPS's step sizes, that of the least C
 """
 
 import argparse
-import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +17,10 @@ import torch
 
 from priors import DiffusersPrior, phantoms
 from rtb_inverse import Posterior, fit, smc
-from rtb_inverse.baselines import dps
+from rtb_inverse.baselines import dps, tuned_zeta
 from rtb_inverse.checks import check_writable
-from rtb_inverse.diagnostics import chi_squared, crps, interval_coverage, interval_level, psnr
+from rtb_inverse.diagnostics import Estimate, psnr
+from rtb_inverse.evaluation import judge
 from rtb_inverse.plots import plt
 from tasks import LowDoseCT
 
@@ -36,29 +37,15 @@ y, posterior = problem.simulate(x, g), Posterior(prior, problem)
 (x, others), (y, of_others) = x.tensor_split([-3]), y.tensor_split([-3])
 posterior = fit(posterior, o.steps, o.seed) if o.steps else posterior
 fbp, found, line = problem.condition(y), [], ""
-
-
-def mean(values, digits):
-    return f"{values.mean():.{digits}f} ± {values.std() / len(values) ** 0.5:.{digits}f}"
-
-
-def judged(zeta):
-    return float(crps(dps(prior, problem, of_others, 16, g, zeta=zeta, progress=True).x, others).mean())
-
-
-zeta = min(o.zeta, key=judged) if len(o.zeta) > 1 else o.zeta[0]
-for name, evaluations, sample in (
-    ("posterior", prior.steps, lambda: posterior.sample(y, n, g, progress=True)),
-    ("SMC", 2 * prior.steps, lambda: smc(posterior, y, n, g, progress=True).resample(generator=g)),
-    (f"DPS (zeta {zeta:g})", prior.steps, lambda: dps(prior, problem, y, n, g, zeta=zeta, progress=True)),
+zeta = tuned_zeta(prior, problem, others, of_others, o.zeta, 16, g, True) if len(o.zeta) > 1 else o.zeta[0]
+for name, sample in (
+    (f"posterior ({prior.steps} network evaluations)", partial(posterior.sample, y, n, g, progress=True)),
+    (f"SMC ({2 * prior.steps})", partial(smc, posterior, y, n, g, progress=True)),
+    (f"DPS ({prior.steps}; zeta {zeta:g})", partial(dps, prior, problem, y, n, g, zeta=zeta, progress=True)),
 ):
-    start = time.perf_counter()
-    found.append(z := sample().x)
-    seconds = (time.perf_counter() - start) / (n * len(y))
-    chi2, covered = chi_squared(problem.residual(z, y)).reduced, 100 * interval_coverage(z, x, 0.9)
-    line += f"; {name}: PSNR {mean(psnr(z.mean(0), x), 1)}, CRPS {mean(crps(z, x), 3)}, chi² {mean(chi2, 2)}, {interval_level(n, 0.9):.0%} "
-    line += f"intervals cover {mean(covered, 0)} %, {evaluations} network evaluations and {seconds:.2g} s per draw"
-print(f"FBP: PSNR {mean(psnr(fbp, x), 1)}{line}")
+    z, said = judge(problem, sample, y, x, g)
+    found, line = [*found, z], f"{line}; {name}: {said}"
+print(f"FBP: psnr {Estimate.of(psnr(fbp, x))}{line}")
 (z, _, guess), body = found, {"cmap": "bone", "vmin": -1, "vmax": 1}
 titles = ["truth", "photons", "FBP", "posterior mean", "posterior std", "draw 1", "draw 2", "mean of DPS"]
 columns = [x, y, fbp, z.mean(0), z.std(0), z[0], z[1], guess.mean(0)]

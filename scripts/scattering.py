@@ -8,16 +8,16 @@ Born's model and of theirs, and of DPS; linear inversion. It and DPS are tuned o
 """
 
 import argparse
-import time
 from functools import partial
 
 import torch
 
 from priors import DiffusersPrior, phantoms
 from rtb_inverse import InverseProblem, Posterior
-from rtb_inverse.baselines import dps
+from rtb_inverse.baselines import dps, tuned_zeta
 from rtb_inverse.checks import check_writable
-from rtb_inverse.diagnostics import chi_squared, crps, interval_coverage, interval_level, psnr
+from rtb_inverse.diagnostics import Estimate, psnr
+from rtb_inverse.evaluation import judge
 from rtb_inverse.guidance import affine
 from rtb_inverse.noise import ComplexGaussianNoise
 from rtb_inverse.plots import plt
@@ -32,10 +32,6 @@ o = parser.add_argument("--zeta", type=float, nargs="+", default=[1.0, 3.0, 10.0
 g, prior, n = torch.Generator().manual_seed(o.seed), DiffusersPrior.from_pretrained(o.prior, o.steps), o.draws
 x = phantoms(o.observations + 3, g, prior.shape[-1]) if "phantoms" in o.prior else prior.sample(o.observations + 3, g)
 output, pool, (truth, others) = check_writable("output", o.output), torch.nn.AdaptiveAvgPool2d(o.grid), x.tensor_split([-3])
-
-
-def mean(values, digits):
-    return f"{values.mean():.{digits}f} ± {values.std() / len(values) ** 0.5:.{digits}f}"
 
 
 def linear(y, born, weight):  # m + B' (B B' + weight)^{-1} (y - A(m)), with B and A of Born's model and m a mean grey
@@ -54,22 +50,18 @@ for contrast, row in zip(o.contrast, axes, strict=True):
     born, problem = (InverseProblem(torch.nn.Sequential(pool, m), ComplexGaussianNoise(o.noise * rms), prior.shape) for m in waves)
     y, of_others = problem.simulate(x, g).tensor_split([-3])
     weight = max((10.0**k * rms**2 for k in range(-6, 3)), key=lambda w: psnr(linear(of_others, born, w), others).mean())
-    zeta = min(o.zeta, key=lambda z: crps(dps(prior, problem, of_others, 8, g, zeta=z / rms, progress=True).x, others).mean())
+    zeta = tuned_zeta(prior, problem, others, of_others, [z / rms for z in o.zeta], 8, g, True)
     u = torch.linalg.solve(torch.eye(len(g_k)) - g_k * contrast * (pool(truth[0]).flatten() + 1) / 2, v)[:, 0].real
     shown = {"truth": truth, "a wave in it": u.reshape(1, 1, o.grid, -1), "linear inversion": linear(y, born, weight)}
-    line = f"contrast {contrast:g}, Born {(by_born - clean).norm() / clean.norm():.0%} off; linear: PSNR "
-    line += mean(psnr(shown["linear inversion"], truth), 1)
+    line, off = f"linear inversion: psnr {Estimate.of(psnr(shown['linear inversion'], truth))}", (by_born - clean).norm() / clean.norm()
     for name, sample in {
         "posterior of Born": partial(Posterior(prior, born).sample, y, n, g, progress=True),
-        f"DPS (zeta {zeta:g})": partial(dps, prior, problem, y, n, g, zeta=zeta / rms, progress=True),
+        "DPS": partial(dps, prior, problem, y, n, g, zeta=zeta, progress=True),
         "posterior mean": partial(Posterior(prior, problem).sample, y, n, g, progress=True),
     }.items():
-        start, z = time.perf_counter(), sample().x
-        seconds, covered = (time.perf_counter() - start) / (n * len(y)), mean(100 * interval_coverage(z, truth, 0.9), 0)
-        line += f"; {name}: PSNR {mean(psnr(z.mean(0), truth), 1)}, CRPS {mean(crps(z, truth), 3)}, {interval_level(n, 0.9):.0%} intervals "
-        line += f"cover {covered} %, chi² {mean(chi_squared(problem.residual(z, y)).reduced, 2)}, {seconds:.2g} s per draw"
-        shown[name.split(" (")[0]] = z.mean(0)
-    print(f"{line}; {o.steps} network evaluations each", flush=True)
+        z, said = judge(problem, sample, y, truth)
+        line, shown = f"{line}; {name}: {said}", shown | {name: z.mean(0)}
+    print(f"contrast {contrast:g}, Born {off:.0%} off; {line}; zeta {zeta * rms:.3g}, {o.steps} network evaluations", flush=True)
     for ax, (title, image) in zip(row, (shown | {"posterior std": z.std(0), "draw": z[0]}).items(), strict=True):
         ax.imshow(image[0, 0], aspect="auto", **{"a wave in it": wave, "posterior std": {"cmap": "magma", "vmin": 0}}.get(title, body))
         title, label = title if ax in axes[0] else "", f"contrast {contrast:g}" if ax is row[0] else ""

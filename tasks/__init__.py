@@ -1,11 +1,12 @@
 """Inverse problems, one file each."""
 
+from tasks.ambiguous import AmbiguousObjects
 from tasks.class_constraint import ClassConstraint, ClassReward
 from tasks.colourisation import Colourisation
 from tasks.compressed_sensing import CompressedSensing
 from tasks.deblurring import Deblurring
 from tasks.denoising import Denoising
-from tasks.diffraction import AmbiguousObjects, CoherentDiffraction
+from tasks.diffraction import CoherentDiffraction
 from tasks.exact import ExactProblem, exact_problem
 from tasks.hdr import HDR
 from tasks.inpainting import Inpainting

@@ -163,6 +163,22 @@ class LensingFamily(InverseProblem):
         told = told[..., None, None].expand(-1, -1, *self.shape[1:])
         return torch.cat([self.operator.operator.sky + back / (arrives + FAINT * most), arrives / most, told], 1)
 
+    def several(self, v: Tensor, rays: int = 601) -> Tensor:
+        """Which pixels of the source have more than one image behind lenses v (B, 5), (B, n, n): those with a mirrored one, where
+        det(d beta / d theta) < 0, which a lens makes of nothing that it shows once. By rays x rays of them over the image."""
+        of, n = self.operator.config, self.shape[-1]
+        axis = of["image_fov"] * torch.linspace(-0.5, 0.5, rays, dtype=torch.float64)
+        b, q, angle, *shear = v.double()[..., None].unbind(1)
+        beta = (
+            shoot(torch.cartesian_prod(axis, axis).flip(1), b, q, angle, of["centre"], shear).unflatten(1, (rays, rays)) / of["source_fov"]
+        )
+        by_row, by_column = torch.gradient(beta, dim=(1, 2))
+        mirrored = (by_column[..., 0] * by_row[..., 1] < by_column[..., 1] * by_row[..., 0]) & (beta.abs().amax(-1) < 0.5)
+        pixel = ((beta[mirrored] + 0.5) * n).long()
+        found = torch.zeros((len(v), n, n), dtype=torch.bool)
+        found[mirrored.nonzero()[:, 0], pixel[:, 1], pixel[:, 0]] = True
+        return found
+
     def picture(self, y: Tensor) -> Tensor:
         """The images, (B, 1, m, m)."""
         return self.split(y)[0]

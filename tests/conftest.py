@@ -7,7 +7,8 @@ import torch
 from diffusers import DDPMScheduler, UNet1DModel, UNet2DModel
 
 from priors import DiffusersPrior, GaussianMixturePrior, GaussianPrior
-from rtb_inverse.chains import Prior
+from rtb_inverse.chains import Prior, path_log_prob, rollout
+from rtb_inverse.posterior import Posterior
 from rtb_inverse.schedules import FlowMatching, VarianceExploding, VariancePreserving, expand
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # tiny tensors: more threads only wait for each other
@@ -141,3 +142,19 @@ class Coarse(Prior):
     def denoise(self, x_t, t):
         alpha, sigma = (expand(c, x_t) for c in self.schedule.alpha_sigma(t))
         return 1 + 4 * alpha / (4 * alpha**2 + sigma**2) * (x_t - alpha)
+
+
+@pytest.fixture
+def assert_saved(tmp_path):
+    """assert_saved(posterior, y): saved and loaded, it has the same problem, draws and densities."""
+
+    def check(posterior, y):
+        posterior.save_pretrained(tmp_path)
+        loaded = Posterior.from_pretrained(tmp_path)
+        assert type(loaded.problem) is type(posterior.problem) and loaded.problem.config == posterior.problem.config
+        paths = rollout(posterior, 2, y, torch.Generator().manual_seed(1))
+        assert torch.equal(rollout(loaded, 2, y, torch.Generator().manual_seed(1)).x, paths.x)
+        assert torch.equal(path_log_prob(loaded, paths), path_log_prob(posterior, paths))
+        assert torch.equal(loaded.log_likelihood(paths.x_0, y), posterior.log_likelihood(paths.x_0, y))
+
+    return check

@@ -5,8 +5,10 @@ import torch
 
 import rtb_inverse.denoiser_error
 import rtb_inverse.guidance
+import rtb_inverse.posterior
 from priors import DiffusersPrior
 from rtb_inverse import GaussianNoise, InverseProblem, NoiseRange, PoissonNoise, Posterior, importance
+from rtb_inverse.chains import path_log_prob, rollout
 from rtb_inverse.denoiser_error import DenoiserError, leading_correlations
 from rtb_inverse.guidance import CovarianceGuidance, GradientGuidance, covariance_guidance, jacobian
 from rtb_inverse.schedules import VarianceExploding
@@ -225,3 +227,16 @@ def test_a_nonlinear_problem_is_nearer_by_what_its_guide_has_learnt(generator):
     gain = learnt - importance(posterior, y, 4, torch.Generator().manual_seed(0)).log_w.mean(0)
     assert float(gain.mean() / gain.std()) * 12**0.5 > 4
     assert Posterior(prior, NoiseRange(InverseProblem(torch.square, GaussianNoise(1.0)), 0.1, 1.0)).guide.basis is None
+
+
+def test_what_is_learnt_is_saved(generator, monkeypatch, tmp_path):
+    """A posterior that is loaded where other pairs would be drawn has the densities it had."""
+    prior = DiffusersPrior.from_pretrained("priors/digits", steps=3)
+    posterior = Posterior(prior, LowDoseCT(prior.shape, 2, photons=100.0))
+    posterior.save_pretrained(tmp_path)
+    monkeypatch.setattr(rtb_inverse.posterior, "PAIRS", 1)
+    loaded, other = Posterior.from_pretrained(tmp_path), Posterior(prior, LowDoseCT(prior.shape, 2, photons=100.0))
+    y = posterior.problem.simulate(prior.sample(2, generator), generator)
+    paths = rollout(posterior, 2, y, generator)
+    assert torch.equal(path_log_prob(loaded, paths), path_log_prob(posterior, paths))
+    assert not torch.allclose(path_log_prob(other, paths), path_log_prob(posterior, paths))

@@ -4,12 +4,13 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DModel, VQModel
 from einops import rearrange
-from lightning.pytorch import LightningDataModule, Trainer
-from torch.utils.data import DataLoader, TensorDataset
+from lightning.pytorch import Trainer
+from torch.utils.data import TensorDataset
 
 import rtb_inverse.posterior
 from priors import LatentPrior, MNISTClassifier, digits
 from priors.autoencoders import AutoencoderTraining, LatentData
+from priors.tensor_data import TensorData
 from rtb_inverse import Posterior, evaluate, fit, importance, path_log_prob, rollout, simulate_observations
 from rtb_inverse.guidance import guidance
 from rtb_inverse.lightning import quiet
@@ -132,16 +133,8 @@ def test_bad_input(tmp_path):
         LatentPrior.from_pretrained(tmp_path)
 
 
-class Images(LightningDataModule):
-    def __init__(self):
-        super().__init__()
-        self.train_set, self.val_set = (TensorDataset(digits()[0][part], digits()[1][part]) for part in (slice(64), slice(64, 80)))
-
-    def train_dataloader(self):
-        return DataLoader(self.train_set, 16)
-
-    def val_dataloader(self):
-        return DataLoader(self.val_set, 16)
+def images():
+    return TensorData(*(TensorDataset(digits()[0][part]) for part in (slice(64), slice(64, 80))), batch_size=16)
 
 
 def test_the_recipes_make_a_prior(tmp_path):
@@ -149,16 +142,16 @@ def test_the_recipes_make_a_prior(tmp_path):
     options = {"max_steps": 4, "accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(0)
-        Trainer(**options).fit(AutoencoderTraining(COMMON, str(tmp_path)), Images())
-        data = LatentData(Images(), str(tmp_path), batch_size=16)
+        Trainer(**options).fit(AutoencoderTraining(COMMON, str(tmp_path)), images())
+        data = LatentData(images(), str(tmp_path), batch_size=16)
         Trainer(**options).fit(PriorTraining(unet(), DDPMScheduler(), str(tmp_path), steps=3, error_draws=16), data)
     z = data.val_set.tensors[0]
     assert z.shape == (16, 2, 4, 4) and abs(float(z.mean())) < 0.1 and abs(float(z.std()) - 1) < 0.1
     prior = LatentPrior.from_pretrained(tmp_path)
     assert prior.decode(prior.sample(2)).shape == (2, 1, 8, 8)
-    images = data.train_set.tensors[0]  # each a draw about the code of its image
+    latents = data.train_set.tensors[0]  # each a draw about the code of its image
     code = prior.autoencoder.encode(digits()[0][:64]).latent_dist
-    off = (images / prior.scaling_factor + prior.shift_factor - code.mean) / code.std
+    off = (latents / prior.scaling_factor + prior.shift_factor - code.mean) / code.std
     assert abs(float(off.mean())) < 4 / off.numel() ** 0.5 and abs(float(off.square().mean()) - 1) < 4 * (2 / off.numel()) ** 0.5
 
 

@@ -350,3 +350,14 @@ def test_the_guide_of_a_family_is_that_of_each_lens(family, generator):
         gain = 0.3 * A.T @ torch.linalg.inv(0.3 * A @ A.T + problem.operator.noise.std.double() ** 2 * torch.eye(len(A), dtype=D))
         expected = (image.flatten() - problem.seen(x_0[:, b], v[None]).flatten(1)) @ gain.T
         torch.testing.assert_close(delta[:, b].flatten(1), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_a_sphere_shows_the_inside_of_its_radius_several_times():
+    """The images of an isothermal sphere: two where |beta - centre| < b, else one."""
+    problem = LensingFamily(Lensing((1, 24, 24), 16, centre=(0.2, 0.1)), einstein_radius=(0.3, 0.6), axis_ratio=(0.5, 1.0))
+    v = torch.tensor([[0.3, 0.9999, 0.0, 0.0, 0.0], [0.45, 0.9999, 1.0, 0.0, 0.0]])
+    middle = (torch.arange(24) + 0.5) / 24 * 1.2 - 0.6
+    far = torch.hypot(middle - 0.2, middle[:, None] - 0.1)
+    for found, b in zip(problem.several(v), v[:, 0], strict=True):
+        clear = (far - b).abs() > 0.05  # a pixel's diagonal is 0.07
+        assert torch.equal(found[clear], (far < b)[clear])

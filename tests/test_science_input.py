@@ -126,6 +126,10 @@ CASES = {
     "scaling factor 0": (lambda: latent(0.0), "scaling_factor must be a finite number above 0, got 0.0"),
     "scaling factor NaN": (lambda: latent(NAN), "scaling_factor must be a finite number above 0, got nan"),
     # rewards
+    "reward of the whole batch": (
+        lambda: reward(lambda x: x.sum()),
+        "log_reward must map a batch (M, *shape) to a batch (M, *y_shape): on x of shape (3, 3) it gave ()",
+    ),
     "reward as a column": (
         lambda: reward(lambda x: x.sum(-1, keepdim=True)),
         "log_reward must give one number per x: on a batch of 3 it gave shape (3, 1), expected (3,)",

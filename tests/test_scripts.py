@@ -37,9 +37,9 @@ def test_a_script_runs(name, tmp_path):
 
 @pytest.mark.parametrize("name", SMALL)
 def test_a_script_stays_short(name):
-    """At most 65 lines, blank ones apart."""
+    """Under 60 lines, blank ones apart: what the README says."""
     lines = [line for line in (ROOT / "scripts" / f"{name}.py").read_text().splitlines() if line.strip()]
-    assert len(lines) <= 65
+    assert len(lines) < 60
 
 
 def test_the_gallery_has_the_problems_of_science(tmp_path):

@@ -11,6 +11,8 @@ With another noise than Gaussian, or a reward, no residual norm is at hand, and 
 The draws are a fast guess, not the posterior: p(y | x_t) is replaced by p(y | x0hat), and zeta is set by eye. They carry no weights.
 """
 
+from collections.abc import Sequence
+from contextlib import suppress
 from itertools import pairwise
 
 import torch
@@ -21,6 +23,7 @@ from rtb_inverse.baselines.common import check_differentiable, estimate_and_grad
 from rtb_inverse.chains import Prior
 from rtb_inverse.checks import check_count, check_finite, check_positive
 from rtb_inverse.corrections import own_step
+from rtb_inverse.diagnostics import crps
 from rtb_inverse.distributions import draw
 from rtb_inverse.particles import Particles
 from rtb_inverse.problems import GaussianNoise, InverseProblem
@@ -81,3 +84,21 @@ def residual_step(
     estimate, norm2, gradient = estimate_and_gradient(prior, x_t, t, square, batch_size)
     norm = norm2.sqrt().clamp_min(torch.finfo(x_t.dtype).tiny)  # where the residual is 0, so is its gradient
     return estimate, -expand(zeta / norm, gradient) * gradient
+
+
+def tuned_zeta(
+    prior: Prior, problem: InverseProblem, x: Tensor, y: Tensor, zetas: Sequence[float], n: int = 8, generator: Generator | None = None,
+    progress: bool = False,
+) -> float:  # fmt: skip
+    """Of several step sizes that whose draws are nearest, in CRPS, to the x (B, *data_shape) that made y; what diverges is passed over.
+
+    Raises:
+        ValueError: where all of them diverge.
+    """
+    found = {}
+    for zeta in zetas:
+        with suppress(ValueError):  # states that left the finite numbers
+            found[zeta] = float(crps(dps(prior, problem, y, n, generator, zeta=zeta, progress=progress).x, x).mean())
+    if not found:
+        raise ValueError(f"zetas must hold one that does not diverge, got {', '.join(map(str, zetas))}")
+    return min(found, key=found.__getitem__)

@@ -27,14 +27,20 @@ from rtb_inverse.diagnostics.calibration import (
     tarp,
 )
 from rtb_inverse.diagnostics.common import Estimate
-from rtb_inverse.diagnostics.distances import classifier_two_sample_test, energy_distance, sliced_wasserstein, total_variation
+from rtb_inverse.diagnostics.distances import (
+    classifier_two_sample_test,
+    clustered_p_value,
+    energy_distance,
+    sliced_wasserstein,
+    total_variation,
+)
 from rtb_inverse.diagnostics.mixing import effective_draws, split_r_hat
 from rtb_inverse.diagnostics.truth import crps, psnr, ssim
 from rtb_inverse.diagnostics.weights import effective_sample_size, elbo, eubo, fit_generalised_pareto, log_mean_weight, pareto_smooth
 
 __all__ = [
-    "ELEMENTS", "LEAST_OBSERVATIONS", "ChiSquared", "Coverage", "Estimate", "chi_squared", "classifier_two_sample_test", "crps",
-    "effective_draws", "effective_sample_size", "elbo", "energy_distance", "eubo", "fit_generalised_pareto", "interval_coverage",
-    "interval_level", "log_mean_weight", "pareto_smooth", "psnr", "rank_uniformity", "sbc_ranks", "sliced_wasserstein", "split_r_hat",
-    "ssim", "tarp", "total_variation",
+    "ELEMENTS", "LEAST_OBSERVATIONS", "ChiSquared", "Coverage", "Estimate", "chi_squared", "classifier_two_sample_test",
+    "clustered_p_value", "crps", "effective_draws", "effective_sample_size", "elbo", "energy_distance", "eubo",
+    "fit_generalised_pareto", "interval_coverage", "interval_level", "log_mean_weight", "pareto_smooth", "psnr", "rank_uniformity",
+    "sbc_ranks", "sliced_wasserstein", "split_r_hat", "ssim", "tarp", "total_variation",
 ]  # fmt: skip

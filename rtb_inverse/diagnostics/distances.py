@@ -2,6 +2,7 @@
 
 import math
 
+import scipy.stats
 import torch
 from torch import Generator, Tensor
 
@@ -107,3 +108,18 @@ def classifier_two_sample_test(x: Tensor, y: Tensor, folds: int = 5, classifier=
 def total_variation(p: Tensor, q: Tensor) -> Tensor:
     """Half of the absolute differences of two vectors of probabilities, (..., J)."""
     return (p - q).abs().sum(-1) / 2
+
+
+def clustered_p_value(shares: Tensor, known: Tensor) -> float:
+    """Chi-squared test of the mean of shares (B, J), found in B independent runs, against known (J,), both of sum 1. Draws of one run may
+    depend on each other: Pearson's statistic is divided by the mean design effect, which the runs' variance tells (Rao and Scott 1981),
+    and is then F-distributed with J - 1 and (B - 1) (J - 1) degrees of freedom.
+
+    Raises:
+        ValueError: fewer than 2 runs.
+    """
+    B, J = shares.shape
+    if B < 2:
+        raise ValueError(f"shares must be those of 2 runs at least, got {B}")
+    statistic = B * ((shares.mean(0) - known).square() / known).sum() / (shares.var(0) / known).sum()
+    return float(scipy.stats.f.sf(float(statistic), J - 1, (B - 1) * (J - 1)))
