@@ -9,10 +9,13 @@ import torch
 
 from priors import GaussianMixturePrior
 from rtb_inverse import GaussianNoise, InverseProblem, Prior, Reward, VarianceExploding
-from rtb_inverse.baselines import dps, fps_smc, twisted
+from rtb_inverse.baselines import dps, fps_smc, tuned_zeta, twisted
 from rtb_inverse.baselines.dps import residual_step
 from rtb_inverse.corrections import resample
+from rtb_inverse.diagnostics import Estimate, crps, interval_level, psnr
 from rtb_inverse.distributions import draw
+from rtb_inverse.evaluation import judge, scores
+from rtb_inverse.particles import Particles
 
 D = torch.float64
 MATRIX, NOISE = torch.tensor([[1.0, -0.5]], dtype=D), 0.5
@@ -296,3 +299,34 @@ def test_priors_and_problems_are_told_apart(method):
         method(linear(), mixture(), torch.ones(1, 1))
     with pytest.raises(TypeError, match="problem must be an InverseProblem, got Linear"):
         method(mixture(), torch.nn.Linear(2, 1), torch.ones(1, 1))
+
+
+def test_the_tuned_zeta_is_the_nearest_of_those_that_do_not_diverge(generator):
+    prior, problem = mixture(2), linear()
+    x = prior.sample(3, generator)
+    y = problem.simulate(x, generator)
+
+    def off(zeta):
+        return float(crps(dps(prior, problem, y, 8, torch.Generator().manual_seed(1), zeta=zeta).x, x).mean())
+
+    assert off(0.3) < off(10.0) / 2
+    for zetas in ((0.3, 10.0), (10.0, 0.3), (1e300, 0.3)):
+        assert tuned_zeta(prior, problem, x, y, zetas, 8, generator) == 0.3
+    with pytest.raises(ValueError, match="zetas must hold one that does not diverge, got 1e\\+300"):
+        tuned_zeta(prior, problem, x, y, [1e300], 8, generator)
+
+
+def test_judged_draws_are_resampled_and_scored(generator):
+    prior, problem = mixture(2), linear().bind((2,))
+    truth = prior.sample(3, generator)
+    y = problem.simulate(truth, generator)
+    draws = Particles(prior.sample(60, generator).reshape(20, 3, 2), torch.randn((20, 3), generator=generator, dtype=D))
+    x, line = judge(problem, lambda: draws, y, truth, torch.Generator().manual_seed(1))
+    assert torch.equal(x, draws.resample(generator=torch.Generator().manual_seed(1)).x)
+    found = scores(problem, x, y, truth)
+    torch.testing.assert_close(found["psnr"], psnr(x.mean(0), truth))
+    torch.testing.assert_close(found["chi_squared"], ((y - x @ MATRIX.T) / NOISE).square().mean((0, 2)))
+    torch.testing.assert_close(found["log_likelihood_of_truth"], problem.log_likelihood(truth, y))
+    assert "ssim" not in found and scores(problem, x, y).keys() == {"log_likelihood", "chi_squared"}
+    assert line.startswith(f"psnr {Estimate.of(found['psnr'])}, crps {Estimate.of(found['crps'])}, chi_squared ")
+    assert f"coverage_90 {Estimate.of(found['coverage_90'])} ({interval_level(20, 0.9):.3f}), " in line
