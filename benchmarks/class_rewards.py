@@ -71,7 +71,9 @@ def main() -> None:
         for beta in o.betas:
             weighted = Particles(bank, beta * reward.log_p(bank[:, 0])[:, None])
             truth, log_z = weighted.resample(2 * DRAWS, Generator().manual_seed(3)).x, float(weighted.log_z)
-            known = f"{reward.log_p(truth[:, 0]).mean():.2f} | {spread(truth):.2f} | 1 |  | {log_z:.2f} | {float(weighted.ess):.0f} draws |  |"
+            known = (
+                f"{reward.log_p(truth[:, 0]).mean():.2f} | {spread(truth):.2f} | 1 |  | {log_z:.2f} | {float(weighted.ess):.0f} draws |  |"
+            )
             print(f"| {name} | {beta:g} | truth | {known}", flush=True)
             every = ClassConstraint(seen)
             ways = {"none: the prior": (reward, None, {})} | {way: (reward, None, options) for way, options in WAYS.items()}

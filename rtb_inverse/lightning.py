@@ -22,11 +22,12 @@ from rtb_inverse.checks import check_choice, check_count, check_positive, check_
 from rtb_inverse.data import ObservationData
 from rtb_inverse.diagnostics import log_mean_weight
 from rtb_inverse.evaluation import evaluate, observe, simulate_observations
-from rtb_inverse.objectives import half_square, rtb, vargrad, wake_sleep
+from rtb_inverse.objectives import half_square, rtb, tempered, vargrad, wake_sleep
 from rtb_inverse.posterior import Posterior
 from rtb_inverse.training import denoising_loss, path_backward, score, step_weights
 
 OBJECTIVES = ("rtb", "vargrad", "wake_sleep")
+LEAST = 0.1  # share of the draws that enter a wake-sleep buffer with their weights: fewer, again and again, would be all it ever holds
 
 
 class PosteriorTraining(LightningModule):
@@ -206,12 +207,12 @@ class PosteriorTraining(LightningModule):
                     parameter.grad = self.trainer.strategy.reduce(parameter.grad, reduce_op="mean")
 
     def _gather(self, step: int) -> None:
-        """Draws of the averaged posterior enter the buffer as often as their exact path weights say."""
+        """Draws of the averaged posterior enter the buffer as often as their exact path weights, tempered if need be, say."""
         self.ema.swap()
         paths = rollout(self.posterior, self.pool_growth if step else self.pool_start, None, self.generator)
         log_q, log_p, log_lik = score(self.posterior, paths, self.chunk_size)
         self.ema.swap()
-        weights = (log_p + log_lik - log_q)[:, 0].softmax(0)
+        weights = tempered((log_p + log_lik - log_q)[:, 0], LEAST).softmax(0)
         pick = torch.multinomial(weights, len(weights), replacement=True, generator=self.generator)
         self.store.insert(torch.zeros(1, dtype=torch.long, device=self.device), paths.x_0[pick], log_lik[pick])
 

@@ -182,7 +182,7 @@ class ResidualMLP(nn.Module):
         for name, value in {"x_mean": x_mean, "x_std": x_std, "y_mean": y_mean, "y_std": y_std}.items():
             self.register_buffer(name, value)
         features = (3 * d + m) * (2 * octaves + 1) + d + 16
-        self.first = nn.Linear(features, width)
+        self.first = nn.Sequential(nn.Linear(features, width), nn.LayerNorm(width))  # without the norm long trainings go astray
         self.blocks = nn.Sequential(*(ResidualBlock(width) for _ in range(blocks)))
         self.last = zero(nn.Linear(width, 2 * d))
 

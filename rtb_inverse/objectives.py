@@ -51,3 +51,17 @@ def wake_sleep(log_q: Tensor, log_w: Tensor) -> Tensor:
 def conditional_denoising(log_q: Tensor) -> Tensor:
     """- mean log q over paths that come from the posterior itself (simulated pairs noised forward): maximum likelihood."""
     return -log_q.mean()
+
+
+def tempered(log_w: Tensor, least: float) -> Tensor:
+    """a log_w, (N,), with the largest a in [0, 1] that leaves an effective sample size of `least` N: weights so uneven that a few draws are
+    all there is move a population towards them, not onto them. Where the draws follow the target log_w is constant and a is 1."""
+
+    def enough(a: float) -> bool:
+        return float((2 * (a * log_w).logsumexp(0) - (2 * a * log_w).logsumexp(0)).exp()) >= least * len(log_w)
+
+    low, high = (1.0, 1.0) if enough(1.0) else (0.0, 1.0)
+    for _ in range(30 if high > low else 0):
+        middle = (low + high) / 2
+        low, high = (middle, high) if enough(middle) else (low, middle)
+    return low * log_w

@@ -7,7 +7,7 @@ import torch
 
 from priors import GaussianMixturePrior
 from rtb_inverse.chains import Trajectory, path_log_prob, renoise, rollout
-from rtb_inverse.objectives import conditional_denoising, group_log_z, half_square, residual, rtb, vargrad, wake_sleep
+from rtb_inverse.objectives import conditional_denoising, group_log_z, half_square, residual, rtb, tempered, vargrad, wake_sleep
 from rtb_inverse.problems import GaussianNoise, InverseProblem
 
 SHAPES = [(2, 1), (5, 3), (3, 3)]  # (3, 3) and (2, 1): where (B,) against (N,) would go unnoticed
@@ -189,3 +189,11 @@ def test_wake_sleep_weights_are_uniform_at_the_exact_posterior():
     log_q = log_q.requires_grad_()
     gradient = torch.autograd.grad(wake_sleep(log_q, log_p + log_lik - log_q), log_q)[0]
     torch.testing.assert_close(gradient, torch.full_like(gradient, -1 / log_q.numel()), rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("scale", [0.1, 3.0, 300.0])
+def test_tempered_weights_keep_their_effective_sample_size(scale):
+    log_w = scale * torch.randn(500, generator=torch.Generator().manual_seed(0), dtype=torch.float64) - 7
+    weights = tempered(log_w, 0.1).softmax(0)
+    assert float(1 / weights.square().sum()) == pytest.approx(max(50.0, float(1 / log_w.softmax(0).square().sum())), rel=1e-3)
+    assert (weights.argsort() == log_w.argsort()).all()
