@@ -2,8 +2,8 @@
 
     python benchmarks/class_rewards.py [--steps 400] [--priors digits vae gan] [--label 3]
 
-under a diffusion model of the pixels and in the noise of the shipped VAE and GAN; a small classifier, trained here in seconds. The truth: many
-draws of the prior, weighted by the reward, which are enough here (their ESS is said).
+under a diffusion model of the pixels and in the noise of the shipped VAE and GAN; a small classifier, trained here in seconds. The
+truth: many draws of the prior, weighted by the reward, which are enough here (their ESS is said).
 
     log p(c | x)    mean over 256 draws, as they come
     diversity       root mean square distance of a draw from their mean
