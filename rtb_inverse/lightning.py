@@ -35,7 +35,8 @@ class PosteriorTraining(LightningModule):
 
     A step of the warm start takes `states` noised pairs and one random step of each. A step of RTB takes `draws` paths for each of
     `observations` observations, from a mixture of behaviours. Without an observation to simulate (a `Reward`), the warm start
-    regresses on a buffer of the averaged posterior's own draws, resampled by their exact path weights (reweighted wake-sleep).
+    regresses on a buffer of the averaged posterior's own draws, resampled by their exact path weights (reweighted wake-sleep), tempered
+    where these are those of less than a tenth of the draws (`objectives.tempered`).
 
     Args:
         posterior: the posterior to train, in place.
