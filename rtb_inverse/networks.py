@@ -182,7 +182,8 @@ class ResidualMLP(nn.Module):
         for name, value in {"x_mean": x_mean, "x_std": x_std, "y_mean": y_mean, "y_std": y_std}.items():
             self.register_buffer(name, value)
         features = (3 * d + m) * (2 * octaves + 1) + d + 16
-        self.first = nn.Sequential(nn.Linear(features, width), nn.LayerNorm(width))  # without the norm long trainings go astray
+        self.first = nn.Linear(features, width)
+        self.norm = nn.LayerNorm(width)  # without it long trainings go astray
         self.blocks = nn.Sequential(*(ResidualBlock(width) for _ in range(blocks)))
         self.last = zero(nn.Linear(width, 2 * d))
 
@@ -206,7 +207,8 @@ class ResidualMLP(nn.Module):
         estimates.append(y.expand(*x_t.shape[:-1], y.shape[-1]))
         log_snr = (sigma / alpha.clamp_min(1e-6)).log() / 4
         time = torch.cat([(log_snr * f).sin() for f in (0.25, 0.5, 1, 2)] * 2 + [(log_snr * f).cos() for f in (0.25, 0.5, 1, 2)] * 2, -1)
-        h = self.first(torch.cat([fourier(e, self.octaves) for e in estimates] + [move / (1 + move.abs()), time], -1))
+        features = [fourier(e, self.octaves) for e in estimates] + [move / (1 + move.abs()), time]
+        h = self.norm(self.first(torch.cat(features, -1)))
         shift, log_scale = self.last(nn.functional.silu(self.blocks(h))).chunk(2, -1)
         return (x_0 + r * shift).reshape(shape), log_scale.reshape(shape)
 
