@@ -76,6 +76,11 @@ def classifier() -> nn.Module:
     return network
 
 
+def diversity(x: Tensor) -> Tensor:
+    """Root mean square distance of a draw from the mean of its observation's draws: (N, B, *shape) to (B,)."""
+    return (x - x.mean(0)).flatten(2).square().sum(-1).mean(0).sqrt()
+
+
 class Comparison:
     """One generator and one problem."""
 
@@ -98,8 +103,7 @@ class Comparison:
         weighted = bool(draws.log_w.any())
         x = draws.x if proposal or not weighted else draws.resample(self.n, Generator().manual_seed(2)).x
         far = sliced_wasserstein(x, self.truth[: len(x)], generator=Generator().manual_seed(1)) / self.floor
-        spread = (x - x.mean(0)).flatten(2).square().sum(-1).mean(0).sqrt()
-        cells = [f"{self.problem.log_likelihood(x, self.y).mean():.2f}", f"{spread.mean():.2f}"]
+        cells = [f"{self.problem.log_likelihood(x, self.y).mean():.2f}", f"{diversity(x).mean():.2f}"]
         cells += [f"{far.mean():.2f} ± {far.std() / len(far) ** 0.5:.2f}", f"{draws.log_w.mean(0).mean():.2f}" if proposal else ""]
         cells += [f"{draws.log_z.mean():.2f}", f"{(draws.ess / self.n).mean():.2f}"] if weighted else ["", ""]
         self.lines.append(f"| {self.label} | {method} | {' | '.join(cells)} | {calls:.0f} | {1000 * seconds / draws.log_w.numel():.2g} |")
@@ -107,7 +111,7 @@ class Comparison:
 
     def trained(self, seconds: float) -> Posterior:
         """For about that many CPU seconds. A class has no Gaussian guide: from the prior, where a step costs an eighth, no references."""
-        options = {"bounds": 0, "progress": False, "states": 256, "observations": 16, "draws": 8, "lr": 1e-3}
+        options = {"bounds": 0, "progress": False, "states": 256, "observations": 16, "draws": 8}
         options["warm_start"], begin = (1.0, "prior") if isinstance(self.problem, ClassConstraint) else (0.9, None)
         start = time.process_time()
         fit(Posterior(self.prior, self.problem, begin), 20, 0, **options)
@@ -136,7 +140,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0, help="CPU seconds of each training")
     parser.add_argument("--observations", type=int, default=8)
     parser.add_argument("--draws", type=int, default=128)
-    parser.add_argument("--problems", nargs="+", default=["box", "class"])
+    parser.add_argument("--problems", nargs="+", default=["box", "class"], choices=["box", "class"])
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -19,6 +19,7 @@ from rtb_inverse import Posterior, fit, importance
 from rtb_inverse.diagnostics import Estimate
 from tasks import Lensing, LensingFamily, PhaseRetrieval
 
+PROBLEMS = ["phase retrieval", "lensing, any lens"]
 WHAT = ("ELBO", "log Z", "ESS", "log-likelihood")
 
 
@@ -32,13 +33,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in {"steps": 150, "observations": 4, "draws": 128, "lr-rtb": 1e-4}.items():
         parser.add_argument(f"--{name}", type=type(default), default=default)
-    parser.add_argument("--problems", nargs="+", default=["phase retrieval", "lensing, any lens"])
+    parser.add_argument("--problems", nargs="+", default=PROBLEMS, choices=PROBLEMS)
     o = parser.parse_args()
     torch.set_num_threads(1)
     prior = DiffusersPrior.from_pretrained("priors/digits")
     lenses = LensingFamily(Lensing(prior.shape, pixels=16, noise_std=0.1, sky=-1.0))
     print(f"| problem | posterior | {' | '.join(WHAT)} | CPU s |\n|---|---|{'---|' * len(WHAT)}---|")
-    known = {"phase retrieval": PhaseRetrieval(prior.shape), "lensing, any lens": lenses}
+    known = dict(zip(PROBLEMS, (PhaseRetrieval(prior.shape), lenses), strict=True))
     for title, problem in ((title, known[title]) for title in o.problems):
         generator = Generator().manual_seed(0)
         y = problem.simulate(prior.sample(o.observations, generator), generator)

@@ -213,7 +213,7 @@ class PosteriorTraining(LightningModule):
         paths = rollout(self.posterior, self.pool_growth if step else self.pool_start, None, self.generator)
         log_q, log_p, log_lik = score(self.posterior, paths, self.chunk_size)
         self.ema.swap()
-        weights = tempered((log_p + log_lik - log_q)[:, 0], LEAST).softmax(0)
+        weights = tempered(log_p + log_lik - log_q, LEAST)[:, 0].softmax(0)
         pick = torch.multinomial(weights, len(weights), replacement=True, generator=self.generator)
         self.store.insert(torch.zeros(1, dtype=torch.long, device=self.device), paths.x_0[pick], log_lik[pick])
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import huber_loss
 
+from rtb_inverse.diagnostics import effective_sample_size
+
 
 def residual(log_q: Tensor, log_p: Tensor, log_lik: Tensor, log_z: Tensor) -> Tensor:
     """The RTB residual log Z + log q - log p - log lik, (N, B); log_z is (B,). Zero on all paths at the exact posterior."""
@@ -54,14 +56,16 @@ def conditional_denoising(log_q: Tensor) -> Tensor:
 
 
 def tempered(log_w: Tensor, least: float) -> Tensor:
-    """a log_w, (N,), with the largest a in [0, 1] that leaves an effective sample size of `least` N: weights so uneven that a few draws are
-    all there is move a population towards them, not onto them. Where the draws follow the target log_w is constant and a is 1."""
+    """a log_w, (N, B), finite, with the largest a in [0, 1] for each y that leaves an effective sample size of `least` N: weights so uneven
+    that a few draws are all there is move a population towards them, not onto them. Where the draws follow the target log_w is constant
+    and a is 1."""
 
-    def enough(a: float) -> bool:
-        return float((2 * (a * log_w).logsumexp(0) - (2 * a * log_w).logsumexp(0)).exp()) >= least * len(log_w)
+    def enough(a: Tensor) -> Tensor:
+        return effective_sample_size(a * log_w) >= least * len(log_w)
 
-    low, high = (1.0, 1.0) if enough(1.0) else (0.0, 1.0)
-    for _ in range(30 if high > low else 0):
+    low, high = torch.zeros_like(log_w[0]), torch.ones_like(log_w[0])
+    low = torch.where(enough(high), high, low)
+    for _ in range(30):  # bisection
         middle = (low + high) / 2
-        low, high = (middle, high) if enough(middle) else (low, middle)
+        low, high = torch.where(enough(middle), middle, low), torch.where(enough(middle), high, middle)
     return low * log_w

@@ -9,10 +9,12 @@ import sys
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 
 from priors import GaussianMixturePrior, GaussianPrior
 from rtb_inverse.chains import Prior, path_log_prob, rollout
 from rtb_inverse.corrections import importance
+from rtb_inverse.data import ObservationData
 from rtb_inverse.diagnostics import effective_sample_size, elbo, sliced_wasserstein
 from rtb_inverse.evaluation import simulate_observations
 from rtb_inverse.lightning import PosteriorTraining, fit
@@ -149,6 +151,17 @@ def test_log_z_starts_where_the_first_estimates_are(objective):
     posterior = Posterior(prior, Reward(lambda x: x[..., 0] * 0 - 300.0), start="prior", width=16)
     fit(posterior, 1, progress=False, warm_start=0.0, objective=objective, bounds=0)
     assert float(posterior.log_evidence(None).detach()) == pytest.approx(-300, abs=1e-3)
+
+
+def test_a_wake_sleep_buffer_is_never_a_few_draws():
+    """A reward that one draw of 256 has all of: what enters has the effective sample size of a tenth, hence about so many different ones
+    at least (by its plain weights: 2)."""
+    prior = GaussianPrior(torch.zeros(2), torch.eye(2), steps=5)
+    posterior = Posterior(prior, Reward(lambda x: -1e4 * x.square().sum(-1)), start="prior", width=16)
+    module = PosteriorTraining(posterior, warm_start=1.0, pool_start=256, bounds=0)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    Trainer(max_steps=1, accelerator="cpu", **quiet).fit(module, ObservationData())
+    assert len(module.store.x_0[0, :256].unique(dim=0)) >= 25
 
 
 @pytest.mark.parametrize("warm_start", [0.0, 1.0], ids=["rtb alone", "wake-sleep alone"])
