@@ -110,7 +110,7 @@ class Comparison:
         return draws
 
     def trained(self, seconds: float) -> Posterior:
-        """For about that many CPU seconds. A class has no Gaussian guide: from the prior, where a step costs an eighth, no references."""
+        """For about that many CPU seconds. A class has no Gaussian guide: from the prior, where a step costs a seventh, no references."""
         options = {"bounds": 0, "progress": False, "states": 256, "observations": 16, "draws": 8}
         options["warm_start"], begin = (1.0, "prior") if isinstance(self.problem, ClassConstraint) else (0.9, None)
         start = time.process_time()

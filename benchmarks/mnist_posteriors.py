@@ -95,6 +95,24 @@ def class_shares(classifier: MNISTClassifier, x: Tensor) -> Tensor:
     return torch.nn.functional.one_hot(classes, 10).double().mean(0)
 
 
+def likeness(x: Tensor, other: Tensor) -> Tensor:
+    """Cosine of the ink of x (N, B, 1, H, W) and of other (B, 1, H, W), the best over all shifts: (N, B)."""
+    ink, like = x + 1, other + 1
+    size = [2 * n for n in x.shape[-2:]]
+    product = torch.fft.ifft2(torch.fft.fft2(ink, s=size) * torch.fft.fft2(like, s=size).conj()).real
+    return product.flatten(2).amax(-1) / (ink.flatten(2).norm(dim=-1) * like.flatten(1).norm(dim=-1))
+
+
+def twins(truth: Tensor, draws: dict[str, Tensor]) -> list[str]:
+    """How many draws are the truth and how many the truth turned by half, which has the same Fourier magnitudes: a likeness above 0.9."""
+    lines = ["", "Draws that are the truth, and the truth turned by half, of all draws:", ""]
+    for name, x in draws.items():
+        upright, turned = likeness(x, truth), likeness(x, truth.flip(-1, -2))
+        found = ((like > 0.9) & (like >= other) for like, other in ((upright, turned), (turned, upright)))
+        lines.append(f"- {name}: {' and '.join(str(int(which.sum())) for which in found)} of {upright.numel()}")
+    return lines
+
+
 def modes(posterior: Posterior, held: Observations, draws: dict[str, Tensor]) -> list[str]:
     """Class shares of draws, and of a long run, on the observations whose own draws (the first) are least sure of their class."""
     classifier = MNISTClassifier.from_pretrained("priors/mnist_classifier")
@@ -167,7 +185,8 @@ def compare(task: str, args: argparse.Namespace) -> str:
     title += f"DPS with zeta {' and '.join(f'{z:g}' for z in zetas)}.\n"
     lines = [title, *table(rows)]
     if task in MODES:
-        lines += modes(posterior, held, {"ours": ours.x} | {name: draws.x for name, draws in rivals.items()})
+        drawn = {"ours": ours.x} | {name: draws.x for name, draws in rivals.items()}
+        lines += modes(posterior, held, drawn) + (twins(held.x, drawn) if task == "phase retrieval" else [])
     return "\n".join(lines)
 
 
