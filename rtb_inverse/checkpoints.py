@@ -136,6 +136,7 @@ def save_posterior(posterior, folder: Path) -> None:
         "beta": posterior.beta,
         "lora_rank": posterior.lora_rank,
         "width": posterior.width,
+        "second_look": posterior.second_look,
         "problem": {"class_path": class_path(posterior.problem), "config": posterior.problem.config},
         "prior": class_path(posterior.prior) if hasattr(posterior.prior, "save_pretrained") else None,
     }
@@ -162,7 +163,8 @@ def load_posterior(cls, folder: Path, prior=None, problem=None, **options):
             raise ValueError(f"{folder} cannot rebuild the problem ({config['problem']['class_path']} is code); pass problem=")
         held = {name.removeprefix("problem."): value for name, value in weights.items() if name.startswith("problem.")}
         problem = own_class(config["problem"]["class_path"]).from_config(config["problem"]["config"], held)
-    posterior = cls(prior, problem, config["start"], config["beta"], lora_rank=config["lora_rank"], width=config["width"], **options)
+    own = {name: config[name] for name in ("start", "beta", "lora_rank", "width", "second_look")}
+    posterior = cls(prior, problem, **own, **options)
     load_posterior_weights(posterior, weights, folder / WEIGHTS)
     return posterior
 

@@ -13,7 +13,7 @@ A guide is called in two parts: `at` says once what is known of a state, and `fo
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,12 +39,15 @@ class Update:
         shrink: factor on the variance: (*batch or ones, *shape); along `basis`, (*batch or ones, m); None where it is not known.
         basis: (d, m), or (*batch or ones, d, m), orthonormal, in units of r_t; None where the variance shrinks element by element.
         level: the variance across the basis, (*batch or ones); None: the denoiser's error r_t^2, element by element.
+        slope: makes b (*batch, *shape), the slope of log p(y | x) at the moved estimate: delta is the covariance times b; None where the
+            guide has no use for another covariance.
     """
 
     delta: Tensor
     shrink: Tensor | None = None
     basis: Tensor | None = None
     level: Tensor | None = None
+    slope: Callable[[], Tensor] | None = None
 
 
 class Guide(nn.Module):
@@ -80,10 +83,11 @@ class MaskGuidance(Guide):
         self.register_buffer("noise_variance", std.double() ** 2, persistent=False)
 
     def forward(self, x_0, y, error, at=None):
-        gain = torch.where(self.mask, error / (error + self.noise_variance), torch.zeros_like(error))
+        weight = torch.where(self.mask, 1 / (error + self.noise_variance), torch.zeros_like(error))
         image = y.new_zeros((len(y), *self.mask.shape))
         image[:, self.mask] = y.flatten(1)
-        return Update(gain.to(x_0.dtype) * (image - x_0), 1 - gain)
+        gain, residual = error * weight, image - x_0
+        return Update(gain.to(x_0.dtype) * residual, 1 - gain, slope=lambda: weight.to(x_0.dtype) * residual)
 
 
 class ElementGuidance(Guide):
@@ -105,7 +109,8 @@ class ElementGuidance(Guide):
 
         first, pull = torch.func.vjp(slope, x_0.double())  # type: ignore[misc]  # three only with has_aux
         (second,) = pull(torch.ones_like(first))  # the elements do not see each other
-        return Update((error * first).to(x_0.dtype), (1 + error * second).clamp_min(1e-6))
+        delta, shrink = (error * first).to(x_0.dtype), (1 + error * second).clamp_min(1e-6)
+        return Update(delta, shrink, slope=lambda: first.to(x_0.dtype))
 
 
 def affine(problem: InverseProblem) -> tuple[Tensor, Tensor]:
@@ -153,7 +158,9 @@ class DenseGuidance(Guide):
         basis, whiten, offset = (c.to(x_0.dtype) for c in (self.basis, self.whiten, self.offset))
         known = x_0.flatten(x_0.ndim - self.event_dim) @ basis * self.singular.to(x_0.dtype)
         move = (level * self.singular * shrink).to(x_0.dtype) * ((y.reshape(len(y), -1) - offset) @ whiten.T - known)
-        return Update((move @ basis.T).reshape(x_0.shape), shrink, basis)
+        delta = (move @ basis.T).reshape(x_0.shape)
+        whole = level.reshape(*level.shape[:-1], *(1,) * self.event_dim).to(x_0.dtype)
+        return Update(delta, shrink, basis, slope=lambda: delta / whole)
 
 
 class AffineGuide(Guide):
@@ -171,12 +178,17 @@ class AffineGuide(Guide):
         basis = seen_directions(problem, matrix, std, unit)
         for name, value in {"matrix": matrix, "offset": offset, "noise_variance": std**2 / beta, "basis": basis}.items():
             self.register_buffer(name, value, persistent=False)
-        self.event_dim = len(problem.shape)
+        self.event_dim, self.beta = len(problem.shape), beta
 
     def residual(self, x_0: Tensor, y: Tensor) -> Tensor:
         """y - A(x_0), (*batch, m)."""
         matrix, offset = (c.to(x_0.device, x_0.dtype) for c in (self.matrix, self.offset))
         return y.flatten(1) - offset - x_0.flatten(x_0.ndim - self.event_dim) @ matrix.T
+
+    def slope(self, residual: Tensor) -> Tensor:
+        """A^T (y - A(x)) / sigma^2, (*batch, d), of the likelihood that is not tempered."""
+        weight = 1 / (self.beta * self.noise_variance)
+        return residual * weight.to(residual) @ self.matrix.to(residual)
 
 
 class CovarianceGuidance(AffineGuide):
@@ -222,10 +234,14 @@ class CovarianceGuidance(AffineGuide):
         known = [self.gain(time) for time in times]
         gains, shrinks = [gain.to(x_0.device, x_0.dtype) for gain, _ in known], [shrink for _, shrink in known]
         delta = product_by_time(residual, gains, which.expand(residual.shape[:-1]))
-        shrink = torch.stack(shrinks).to(x_0.device)[which]
+        delta, shrink = delta.reshape(x_0.shape), torch.stack(shrinks).to(x_0.device)[which]
+
+        def slope():
+            return self.slope(self.residual(x_0 + delta, y)).reshape(x_0.shape)
+
         if self.basis is not None:
-            return Update(delta.reshape(x_0.shape), shrink, self.basis.to(x_0.device, x_0.dtype))
-        return Update(delta.reshape(x_0.shape), shrink.reshape(*at.shape, *x_0.shape[x_0.ndim - self.event_dim :]))
+            return Update(delta, shrink, self.basis.to(x_0.device, x_0.dtype), slope=slope)
+        return Update(delta, shrink.reshape(*at.shape, *x_0.shape[x_0.ndim - self.event_dim :]), slope=slope)
 
 
 def product_by_time(states: Tensor, matrices: list[Tensor], which: Tensor) -> Tensor:
@@ -415,7 +431,12 @@ class GradientGuidance(Guide):
             residual = -value if delta is None else push(delta) - value
             delta = root(conjugate_gradients(matrix, root_t(pull(residual)[0]), self.iterations))
             delta = clipped(delta, error, self.clip, self.event_dim)
-        return Update(delta.reshape(shape), left, None if left is None else self.basis.to(x_0.dtype))
+
+        def slope():
+            value, pull = torch.func.vjp(misfit, x + delta)  # type: ignore[misc]  # three only with has_aux
+            return pull(-value)[0].reshape(shape)
+
+        return Update(delta.reshape(shape), left, None if left is None else self.basis.to(x_0.dtype), slope=slope)
 
 
 def jacobian(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -459,7 +480,9 @@ class LevelGuidance(Guide):
     def forward(self, x_0, y, error, at=None):
         measurement, log_level = self.problem.split(y)
         level = log_level.double().exp().reshape(-1, *(1,) * self.event_dim)
-        return self.guide(x_0, measurement, error / level**2, at)
+        update = self.guide(x_0, measurement, error / level**2, at)
+        own = update.slope
+        return replace(update, slope=None if own is None else lambda: own() / level.to(x_0.dtype) ** 2)
 
 
 def conjugate_gradients(matrix: Callable[[Tensor], Tensor], b: Tensor, iterations: int) -> Tensor:

@@ -108,6 +108,8 @@ def test_guided_is_the_default_where_the_operator_allows_it(kind, problem, start
         start = "guided"  # by references
     assert posterior.start == start
     own = {id(posterior.log_scale)} | ({id(posterior.gate)} if start == "guided" else set())
+    assert (posterior.local_gate is not None) == (start == "guided" and kind not in EXACT)
+    own |= {id(posterior.local_gate)} - {id(None)}
     assert {id(p) for p in posterior.trainable()} == own | {id(p) for p in posterior.network.parameters() if p.requires_grad}
     if start == "prior":
         with pytest.raises(ValueError, match="start='guided' needs a differentiable operator"):
@@ -122,7 +124,7 @@ def test_guided_start_moves_the_estimate_by_the_update(kind, problem, make_prior
     y = observations(posterior.problem, prior, generator)
     x_t, t, _ = states(prior, generator)
     shut_input_gate(posterior)
-    posterior.references = None
+    posterior.references = posterior.local_gate = None
     with torch.no_grad():
         x_0, log_scale, _ = posterior.denoise(x_t, t, y)
         plain = prior.denoise(x_t, t)
