@@ -147,12 +147,13 @@ def compare(task: str, args: argparse.Namespace) -> str:
     def add(name: str, draws: Particles, seconds: float, **further) -> None:
         rows[name] = numbers(held, draws, seconds, problem.log_likelihood(draws.x, held.y)) | further
 
-    bank, seconds = prior_draws(args.prior)
-    weights = problem.log_likelihood(bank[:, None].expand(-1, OBSERVATIONS, *bank.shape[1:]), held.y)
-    weighted = Particles(bank[:, None].expand(-1, OBSERVATIONS, *bank.shape[1:]), weights)
-    add("prior, importance", weighted.resample(DRAWS, Generator().manual_seed(2)), seconds, **{"log Z": Estimate.of(weighted.log_z)})
+    if args.rivals:
+        bank, seconds = prior_draws(args.prior)
+        bank = bank[:, None].expand(-1, OBSERVATIONS, *bank.shape[1:])
+        weighted = Particles(bank, problem.log_likelihood(bank, held.y))
+        add("prior, importance", weighted.resample(DRAWS, Generator().manual_seed(2)), seconds, **{"log Z": Estimate.of(weighted.log_z)})
 
-    def judge(name: str) -> Particles:
+    def judge(name: str, posterior: Posterior) -> Particles:
         report = evaluate(posterior, held, DRAWS, Generator().manual_seed(54321))
         _, seconds = timed(lambda: posterior.sample(held.y[:4], 8, Generator().manual_seed(0)))
         bounds = {"ELBO": report.numbers["elbo"], "log Z": report.numbers["log_z_is"], "EUBO": report.numbers["eubo"]}
@@ -160,16 +161,17 @@ def compare(task: str, args: argparse.Namespace) -> str:
         report.save_panel(args.output / f"mnist_{task.translate(PLAIN)}.png", rows=4, columns=10)
         return report.draws
 
-    ours, training = judge("ours, untrained"), 0.0
+    judge("ours, without a second look", Posterior(prior, EXAMPLES[task](prior.shape), second_look=False))
+    ours, training = judge("ours, untrained", posterior), 0.0
     if args.steps:
         with torch.enable_grad():
             options = TRAINING | json.loads(args.options)
             _, training = timed(lambda: fit(posterior, args.steps, 0, progress=False, bounds=0, **options))
-        ours = judge("ours, trained")
+        ours = judge("ours, trained", posterior)
     corrected, seconds = timed(lambda: smc(posterior, held.y, DRAWS // 2, Generator().manual_seed(0), budget=BUDGET * prior.steps))
     add(f"ours, SMC at {BUDGET} K", corrected, seconds, **{"log Z": Estimate.of(corrected.log_z)})
     zetas, rivals = [], {}
-    for multiple, n in ((1, DRAWS), (BUDGET, DRAWS // 4)):
+    for multiple, n in ((1, DRAWS), (BUDGET, DRAWS // 4)) if args.rivals else ():
         fine = DiffusersPrior.from_pretrained(args.prior, steps=multiple * prior.steps)
         others, tries = held_out(posterior), 2 if fine.steps > 60 else 4
         zetas.append(tuned_zeta(fine, problem, others.x, others.y, ZETAS, tries, Generator().manual_seed(0)))
@@ -182,7 +184,7 @@ def compare(task: str, args: argparse.Namespace) -> str:
         add(f"DPS, {fine.steps} steps", rivals[f"DPS, {fine.steps} steps"], seconds)
     title = f"### {task}\n\nLog-likelihood of the truth {Estimate.of(problem.log_likelihood(held.x, held.y))}; "
     title += f"{args.steps} steps of training, {training:.0f} CPU s; " if args.steps else ""
-    title += f"DPS with zeta {' and '.join(f'{z:g}' for z in zetas)}.\n"
+    title += f"DPS with zeta {' and '.join(f'{z:g}' for z in zetas)}.\n" if zetas else "ours only.\n"
     lines = [title, *table(rows)]
     if task in MODES:
         drawn = {"ours": ours.x} | {name: draws.x for name, draws in rivals.items()}
@@ -200,6 +202,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--steps", type=int, default=0, help="of each training; 0: the guided start only")
     parser.add_argument("--options", default="{}", help="JSON of further training options")
+    parser.add_argument("--rivals", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--prior", default="priors/mnist")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)
     parser.add_argument("--processes", type=int, default=2)
