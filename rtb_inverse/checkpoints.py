@@ -136,7 +136,7 @@ def save_posterior(posterior, folder: Path) -> None:
         "beta": posterior.beta,
         "lora_rank": posterior.lora_rank,
         "width": posterior.width,
-        "second_look": posterior.second_look,
+        "second_look": posterior.local_gate is not None,
         "problem": {"class_path": class_path(posterior.problem), "config": posterior.problem.config},
         "prior": class_path(posterior.prior) if hasattr(posterior.prior, "save_pretrained") else None,
     }

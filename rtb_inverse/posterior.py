@@ -47,10 +47,11 @@ class Posterior(Chain):
         network: in place of the copy: a module with `estimate` and `forward` as in `networks`.
         lora_rank: train low-rank adapters of the copy, not all its weights.
         width: of the perceptron, for priors without a network.
-        second_look: evaluate a guided network twice at the steps where that pays (10 of the 20 of `priors/digits`).
+        second_look: evaluate a guided network twice at the steps where that pays (10 of the 20 of `priors/digits`); by default not in
+            latents, where it has not paid.
 
     Raises:
-        ValueError: prior and problem of different shapes; start="guided" where the operator does not allow it.
+        ValueError: prior and problem of different shapes; start="guided" where the operator does not allow it; a second look without.
     """
 
     guide: Guide | None
@@ -58,7 +59,7 @@ class Posterior(Chain):
 
     def __init__(
         self, prior: Prior, problem: InverseProblem, start: str | None = None, beta: float = 1.0, network: nn.Module | None = None,
-        lora_rank: int | None = None, width: int = 256, second_look: bool = True,
+        lora_rank: int | None = None, width: int = 256, second_look: bool | None = None,
     ):  # fmt: skip
         if not isinstance(prior, Prior):
             raise TypeError(f"prior must be a Prior, got {type(prior).__name__}")
@@ -85,9 +86,11 @@ class Posterior(Chain):
             torch.manual_seed(0)
             self.network = (network or self._network(condition)).to(**options)
             self.log_z = LogZ(0 if condition is None else condition[0].numel()).to(**options)
-        self.second_look = second_look
         self.local_gate = self.looks = None  # shares of the covariance at the very state; and the steps where it is asked for
-        if second_look and self.start == "guided" and isinstance(self.network, ConditionalUNet):
+        able = self.start == "guided" and isinstance(self.network, ConditionalUNet)
+        if second_look and not able:
+            raise ValueError(f"second_look=True needs a guided start and the prior's own network, got start={self.start!r} here")
+        if able and (not prior.decodes if second_look is None else second_look):
             w = second_look_shares(prior.schedule, self.times[:-1].flip(0))  # step_index 0 is the last step
             self.local_gate, self.looks = nn.Parameter(w.to(**options)), w > 0
         self.references = self._measured_references() if self.start == "guided" and references else None

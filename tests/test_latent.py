@@ -91,6 +91,19 @@ def test_a_posterior_in_latents_for_a_likelihood_of_pixels(prior, generator):
     assert evaluate(posterior, held, 4, generator).numbers["elbo"].value != report.numbers["elbo"].value
 
 
+def test_a_second_look_in_latents_is_for_those_who_ask(prior, generator):
+    problem = Inpainting(prior.data_shape, "half", noise_std=0.2)
+    assert Posterior(prior, problem).local_gate is None
+    posterior = Posterior(prior, problem, second_look=True)
+    posterior.looks.fill_(True)  # three steps, all outside the levels at which it pays
+    posterior.local_gate.data.fill_(0.4)
+    y = simulate_observations(posterior, 2, generator).y
+    paths = rollout(posterior, 3, y, generator)
+    torch.testing.assert_close(path_log_prob(posterior, paths, 4), paths.log_prob, rtol=1e-3, atol=1e-2)
+    posterior.local_gate.data.fill_(0.0)
+    assert (path_log_prob(posterior, paths) - paths.log_prob).abs().min() > 1e-3  # it had moved the steps
+
+
 def test_saved_and_loaded(prior, tmp_path, generator):
     posterior = Posterior(prior, Inpainting(prior.data_shape, "half", noise_std=0.2))
     posterior.save_pretrained(tmp_path)

@@ -121,6 +121,8 @@ def test_it_is_taken_at_some_steps_and_can_be_left_out(prior, tmp_path):
     plain.save_pretrained(tmp_path)
     assert Posterior.from_pretrained(tmp_path).local_gate is None
     assert Posterior(prior, problem, start="prior").local_gate is None
+    with pytest.raises(ValueError, match="second_look=True needs a guided start"):
+        Posterior(prior, problem, start="prior", second_look=True)
 
 
 def test_what_is_drawn_is_what_is_scored(prior, generator):
