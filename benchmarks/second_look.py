@@ -15,7 +15,7 @@ from rtb_inverse import Posterior, evaluate, simulate_observations
 from rtb_inverse.diagnostics import Estimate, interval_level
 from tasks.gallery import EXAMPLES
 
-TASKS = ("inpainting, box", "super-resolution, ×4", "deblurring, Gaussian", "phase retrieval", "deblurring, saturating")
+TASKS = ("inpainting, box", "super-resolution, ×4", "phase retrieval", "deblurring, saturating")
 COLUMNS = ("elbo", "log_z_is", "eubo", "log_likelihood", "psnr", "crps", "chi_squared", "coverage_90")
 
 
