@@ -163,8 +163,8 @@ def load_posterior(cls, folder: Path, prior=None, problem=None, **options):
             raise ValueError(f"{folder} cannot rebuild the problem ({config['problem']['class_path']} is code); pass problem=")
         held = {name.removeprefix("problem."): value for name, value in weights.items() if name.startswith("problem.")}
         problem = own_class(config["problem"]["class_path"]).from_config(config["problem"]["config"], held)
-    own = {name: config[name] for name in ("start", "beta", "lora_rank", "width", "second_look")}
-    posterior = cls(prior, problem, **own, **options)
+    own = {name: config[name] for name in ("start", "beta", "lora_rank", "width")}
+    posterior = cls(prior, problem, second_look=config.get("second_look", False), **own, **options)
     load_posterior_weights(posterior, weights, folder / WEIGHTS)
     return posterior
 
