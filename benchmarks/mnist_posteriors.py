@@ -37,7 +37,7 @@ from priors import DiffusersPrior, MNISTClassifier
 from rtb_inverse import Posterior, evaluate, fit, simulate_observations, smc
 from rtb_inverse.baselines import dps, tuned_zeta
 from rtb_inverse.diagnostics import Estimate, crps, interval_coverage, interval_level, psnr
-from rtb_inverse.evaluation import Observations
+from rtb_inverse.evaluation import Observations, Report
 from rtb_inverse.particles import Particles
 from tasks.gallery import EXAMPLES
 
@@ -153,21 +153,21 @@ def compare(task: str, args: argparse.Namespace) -> str:
         weighted = Particles(bank, problem.log_likelihood(bank, held.y))
         add("prior, importance", weighted.resample(DRAWS, Generator().manual_seed(2)), seconds, **{"log Z": Estimate.of(weighted.log_z)})
 
-    def judge(name: str, posterior: Posterior) -> Particles:
+    def judge(name: str, posterior: Posterior) -> Report:
         report = evaluate(posterior, held, DRAWS, Generator().manual_seed(54321))
         _, seconds = timed(lambda: posterior.sample(held.y[:4], 8, Generator().manual_seed(0)))
         bounds = {"ELBO": report.numbers["elbo"], "log Z": report.numbers["log_z_is"], "EUBO": report.numbers["eubo"]}
         add(name, report.draws, seconds * DRAWS * OBSERVATIONS / 32, **bounds)
-        report.save_panel(args.output / f"mnist_{task.translate(PLAIN)}.png", rows=4, columns=10)
-        return report.draws
+        return report
 
     judge("ours, without a second look", Posterior(prior, EXAMPLES[task](prior.shape), second_look=False))
-    ours, training = judge("ours, untrained", posterior), 0.0
+    report, training = judge("ours, untrained", posterior), 0.0
     if args.steps:
         with torch.enable_grad():
             options = TRAINING | json.loads(args.options)
             _, training = timed(lambda: fit(posterior, args.steps, 0, progress=False, bounds=0, **options))
-        ours = judge("ours, trained", posterior)
+        report = judge("ours, trained", posterior)
+    report.save_panel(args.output / f"mnist_{task.translate(PLAIN)}.png", rows=4, columns=10)
     corrected, seconds = timed(lambda: smc(posterior, held.y, DRAWS // 2, Generator().manual_seed(0), budget=BUDGET * prior.steps))
     add(f"ours, SMC at {BUDGET} K", corrected, seconds, **{"log Z": Estimate.of(corrected.log_z)})
     zetas, rivals = [], {}
@@ -187,7 +187,7 @@ def compare(task: str, args: argparse.Namespace) -> str:
     title += f"DPS with zeta {' and '.join(f'{z:g}' for z in zetas)}.\n" if zetas else "ours only.\n"
     lines = [title, *table(rows)]
     if task in MODES:
-        drawn = {"ours": ours.x} | {name: draws.x for name, draws in rivals.items()}
+        drawn = {"ours": report.draws.x} | {name: draws.x for name, draws in rivals.items()}
         lines += modes(posterior, held, drawn) + (twins(held.x, drawn) if task == "phase retrieval" else [])
     return "\n".join(lines)
 

@@ -39,8 +39,8 @@ class Update:
         shrink: factor on the variance: (*batch or ones, *shape); along `basis`, (*batch or ones, m); None where it is not known.
         basis: (d, m), or (*batch or ones, d, m), orthonormal, in units of r_t; None where the variance shrinks element by element.
         level: the variance across the basis, (*batch or ones); None: the denoiser's error r_t^2, element by element.
-        slope: makes b (*batch, *shape), the slope of log p(y | x) at the moved estimate: delta is the covariance times b; None where the
-            guide has no use for another covariance.
+        slope: makes b (*batch, *shape), the slope of log p(y | x) at the moved estimate (of a smoothed likelihood: at the estimate), so
+            that delta is the covariance times b; None where the guide has no use for another covariance.
     """
 
     delta: Tensor

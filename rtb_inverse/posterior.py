@@ -32,8 +32,8 @@ class Posterior(Chain):
 
         x0hat  <- network(x_t, t, condition(y), data residual)
         x0hat  <- x0hat + gate_t * (Gaussian update of x0hat by y under the denoiser's error r_t^2)      (start="guided")
-                  (joined with E[x_0 | x_t, y] over a set of the prior's draws, where these are cheap: `References`; where the prior is a
-                network, its move joined with one by the covariance at the very state: `second_look`)
+                  (where the prior is a network: joined with an update by the covariance at the very state, see `second_look`;
+                  where the prior's draws are cheap: with E[x_0 | x_t, y] over a set of them, see `References`)
         scales <- prior's step, shrunk by what y tells, times exp(log_scale)
 
     gate_t starts at 1, log_scale at 0, all added inputs of the network at 0: so the chain starts at the prior, or guided. A U-Net's own
@@ -87,19 +87,19 @@ class Posterior(Chain):
             self.network = (network or self._network(condition)).to(**options)
             self.log_z = LogZ(0 if condition is None else condition[0].numel()).to(**options)
         self.local_gate = self.looks = None  # shares of the covariance at the very state; and the steps where it is asked for
+        ascending = self.times[:-1].flip(0)  # step_index 0 is the last step
         able = self.start == "guided" and isinstance(self.network, ConditionalUNet)
         if second_look and not able:
             raise ValueError(f"second_look=True needs a guided start and the prior's own network, got start={self.start!r} here")
         if able and (not prior.decodes if second_look is None else second_look):
-            w = second_look_shares(prior.schedule, self.times[:-1].flip(0))  # step_index 0 is the last step
+            w = second_look_shares(prior.schedule, ascending)
             self.local_gate, self.looks = nn.Parameter(w.to(**options)), w > 0
         self.references = self._measured_references() if self.start == "guided" and references else None
         if self.start == "guided" and isinstance(self.guide, GradientGuidance) and self.references is None:
             self._learn(self.guide)
         if self.start == "guided" and self._input_gate is not None:
             with torch.no_grad():
-                t = self.times[:-1].flip(0)  # step_index 0 is the last step
-                self._input_gate.copy_(gaussian_error(prior, t).flatten(1)[:, 0])
+                self._input_gate.copy_(gaussian_error(prior, ascending).flatten(1)[:, 0])
 
     def _guide(self) -> Guide | None:
         """The best that prior and problem allow."""
@@ -225,7 +225,7 @@ class Posterior(Chain):
         if guide is not None:
             update = guide(x_0, y, self.beta * self.error(t), at)
         if self.local_gate is not None and update.slope is not None and self.looks[k.cpu()].any():
-            update = replace(update, delta=self._local(x_t, t, condition, move, x_0, update))
+            update = replace(update, delta=self._local(x_t, t, k, condition, move, x_0, update))
         if reference is not None:
             delta = torch.lerp(update.delta, reference - first, share)
             known = guide is not None and guide.per_observation and update.shrink is not None
@@ -234,12 +234,13 @@ class Posterior(Chain):
         clip = self.schedule.clip_sample
         return (estimate if clip is None else estimate.clamp(-clip, clip)), log_scale, update
 
-    def _local(self, x_t: Tensor, t: Tensor, condition: Tensor, move: Tensor, x_0: Tensor, update: Update) -> Tensor:
+    def _local(
+        self, x_t: Tensor, t: Tensor, k: Tensor, condition: Tensor, move: Tensor, x_0: Tensor, update: Update
+    ) -> Tensor:  # fmt: skip
         """The update's move, joined with one by the covariance at the very state wherever a second look is due."""
         batch, prior = x_t.shape[: x_t.ndim - len(self.shape)], self.prior
-        t = t.expand(batch)
-        here = self.looks.to(t.device)[self.step_index(t)]
-        t, w = t[here], self.local_gate[self.step_index(t[here])]
+        here = self.looks.to(k.device)[k].expand(batch)
+        t, w = t.expand(batch)[here], self.local_gate[k.expand(batch)[here]]
         condition, move = condition.expand(*batch, *condition.shape[1:])[here], move[here]
         slope, error = self.beta * update.slope()[here], self.error(t)
 
