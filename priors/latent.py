@@ -65,13 +65,13 @@ class LatentPrior(DiffusersPrior):
             x = torch.cat([decoder.decode(part).sample for part in z.split(self.chunk_size)])
         return x.reshape(*x_0.shape[: x_0.ndim - len(self.shape)], *x.shape[1:])
 
-    @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
-        """The latents (M, *shape) of images (M, *data_shape), their mean where the autoencoder gives a distribution."""
+        """From images (*batch, *data_shape) to latents (*batch, *shape), their mean where the autoencoder gives a distribution."""
         encoder: Any = self.autoencoder
-        found = [encoder.encode(part) for part in check_tensor("x", x, self.data_shape).split(self.chunk_size)]
+        images = check_tensor("x", x.reshape(-1, *x.shape[-len(self.data_shape) :]), self.data_shape)
+        found = [encoder.encode(part) for part in images.split(self.chunk_size)]
         z = torch.cat([code.latents if hasattr(code, "latents") else code.latent_dist.mean for code in found])
-        return (z - self.shift_factor) * self.scaling_factor
+        return ((z - self.shift_factor) * self.scaling_factor).reshape(*x.shape[: -len(self.data_shape)], *z.shape[1:])
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the prior as `from_pretrained` reads it: what `DiffusersPrior` writes, and the autoencoder in vae/ or vqvae/."""

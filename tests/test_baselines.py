@@ -312,7 +312,7 @@ def test_the_tuned_zeta_is_the_nearest_of_those_that_do_not_diverge(generator):
     assert off(0.3) < off(10.0) / 2
     for zetas in ((0.3, 10.0), (10.0, 0.3), (1e300, 0.3)):
         assert tuned_zeta(prior, problem, x, y, zetas, 8, generator) == 0.3
-    with pytest.raises(ValueError, match="zetas must hold one that does not diverge, got 1e\\+300"):
+    with pytest.raises(ValueError, match="setting must be given that does not diverge, got zeta = 1e\\+300"):
         tuned_zeta(prior, problem, x, y, [1e300], 8, generator)
 
 

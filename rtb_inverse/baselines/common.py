@@ -1,12 +1,15 @@
-"""What the rival methods share: checks of their arguments, a gradient through the prior's estimate of x_0."""
+"""What the rival methods share: checks of their arguments, a gradient through the prior's estimate of x_0, a search of their settings."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from rtb_inverse.chains import Prior
 from rtb_inverse.checks import check_count
+from rtb_inverse.diagnostics import crps
+from rtb_inverse.particles import Particles
 from rtb_inverse.problems import InverseProblem
 
 
@@ -54,3 +57,23 @@ def estimate_and_gradient(
         parts.append((x_0.detach(), value.detach(), torch.autograd.grad(value.sum(), part)[0]))
     x_0, value, gradient = (torch.cat(column) for column in zip(*parts, strict=True))
     return x_0, value, gradient
+
+
+def tuned(
+    method: Callable[..., Particles], prior: Prior, problem: InverseProblem, x: Tensor, y: Tensor, settings: Sequence[dict], n: int = 8,
+    generator: Generator | None = None, **options,
+) -> dict:  # fmt: skip
+    """Of several settings of a method's arguments those whose draws are nearest, in CRPS, to the x (B, *data_shape) that made y; what
+    diverges is passed over.
+
+    Raises:
+        ValueError: where none is given, or all diverge.
+    """
+    found = {}
+    for k, setting in enumerate(settings):
+        with suppress(ValueError):  # states that left the finite numbers
+            found[k] = float(crps(method(prior, problem, y, n, generator, **setting, **options).x, x).mean())
+    if not found:
+        tried = ", ".join(" and ".join(f"{name} = {value:g}" for name, value in setting.items()) for setting in settings)
+        raise ValueError(f"at least one setting must be given that does not diverge, got {tried or 'none'}")
+    return settings[min(found, key=found.__getitem__)]

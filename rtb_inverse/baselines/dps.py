@@ -12,18 +12,16 @@ The draws are a fast guess, not the posterior: p(y | x_t) is replaced by p(y | x
 """
 
 from collections.abc import Sequence
-from contextlib import suppress
 from itertools import pairwise
 
 import torch
 from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
-from rtb_inverse.baselines.common import check_differentiable, estimate_and_gradient, prepare
+from rtb_inverse.baselines.common import check_differentiable, estimate_and_gradient, prepare, tuned
 from rtb_inverse.chains import Prior
 from rtb_inverse.checks import check_count, check_finite, check_positive
 from rtb_inverse.corrections import own_step
-from rtb_inverse.diagnostics import crps
 from rtb_inverse.distributions import draw
 from rtb_inverse.particles import Particles
 from rtb_inverse.problems import GaussianNoise, InverseProblem
@@ -93,12 +91,6 @@ def tuned_zeta(
     """Of several step sizes that whose draws are nearest, in CRPS, to the x (B, *data_shape) that made y; what diverges is passed over.
 
     Raises:
-        ValueError: where all of them diverge.
+        ValueError: where none is given, or all diverge.
     """
-    found = {}
-    for zeta in zetas:
-        with suppress(ValueError):  # states that left the finite numbers
-            found[zeta] = float(crps(dps(prior, problem, y, n, generator, zeta=zeta, progress=progress).x, x).mean())
-    if not found:
-        raise ValueError(f"zetas must hold one that does not diverge, got {', '.join(map(str, zetas))}")
-    return min(found, key=found.__getitem__)
+    return tuned(dps, prior, problem, x, y, [{"zeta": zeta} for zeta in zetas], n, generator, progress=progress)["zeta"]
