@@ -111,13 +111,13 @@ class Comparison:
         return draws
 
     def trained(self, seconds: float) -> Posterior:
-        """For about that many CPU seconds. A class has no Gaussian guide: from the prior, where a step costs a seventh, no references."""
+        """For about that many CPU seconds. A class has no Gaussian guide: it starts at the prior, and all of it is a warm start."""
         options = {"bounds": 0, "progress": False, "states": 256, "observations": 16, "draws": 8}
-        options["warm_start"], begin = (1.0, "prior") if isinstance(self.problem, ClassConstraint) else (0.9, None)
+        options["warm_start"] = 1.0 if isinstance(self.problem, ClassConstraint) else 0.9
         start = time.process_time()
-        fit(Posterior(self.prior, self.problem, begin), 20, 0, **options)
+        fit(Posterior(self.prior, self.problem), 20, 0, **options)
         steps = max(20, int(20 * seconds / (time.process_time() - start)))
-        return fit(Posterior(self.prior, self.problem, begin), steps, 0, **options)
+        return fit(Posterior(self.prior, self.problem), steps, 0, **options)
 
     def run(self, seconds: float) -> Tensor:
         """All methods; the draws of ours, (N, B, 1, 8, 8)."""
@@ -127,7 +127,7 @@ class Comparison:
         for method, leaps, steps in (("MALA, 80", 1, 40), ("HMC, 80", 8, 5), ("HMC, 800", 8, 50)):
             self.add(method, lambda leaps=leaps, steps=steps, **a: hmc(prior, problem, leaps=leaps, steps=steps, burn_in=steps, **a))
         self.add("prior, importance", lambda **a: importance(Posterior(prior, problem, start="prior"), **a), proposal=True)
-        untrained = Posterior(prior, problem)
+        untrained = Posterior(prior, problem, "guided")  # a class: by references
         self.add("ours, untrained", lambda **a: importance(untrained, **a), proposal=True)
         start = time.process_time()
         posterior = self.trained(seconds)

@@ -42,7 +42,8 @@ class Posterior(Chain):
     Args:
         prior: the frozen prior.
         problem: the measurement model; bound to the prior's shape here. A `Reward` has no y.
-        start: "prior" or "guided"; by default guided wherever the problem allows it (differentiable, a noise model of `noise`).
+        start: "prior" or "guided"; by default guided wherever the problem allows it (differentiable, a noise model of `noise`);
+            a class of what a generator draws, which only `References` guide, is better learnt from the prior on.
         beta: inverse temperature of the likelihood, > 0.
         network: in place of the copy: a module with `estimate` and `forward` as in `networks`.
         lora_rank: train low-rank adapters of the copy, not all its weights.
@@ -73,7 +74,9 @@ class Posterior(Chain):
         few = not prior.white or prior.shape.numel() <= REFERENCES_LIMIT or self.guide is None
         references = prior.exact_reversal and self.amortised and few and not (self.guide is not None and self.guide.exact)
         can_guide = self.guide is not None or references
-        self.start = check_choice("start", start or ("guided" if can_guide else "prior"), ("guided", "prior"))
+        scarce = prior.white and not self.problem.whitens  # a class, say, which many z fit: references make training slower, not nearer
+        default = self.guide is not None or (references and not scarce)
+        self.start = check_choice("start", start or ("guided" if default else "prior"), ("guided", "prior"))
         if self.start == "guided" and not can_guide:
             needs = "a differentiable operator (and decode) and a noise model of rtb_inverse.noise, or a prior of exact draws"
             raise ValueError(f"start='guided' needs {needs}; expected start='prior' here")

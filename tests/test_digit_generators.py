@@ -76,6 +76,13 @@ def test_bad_folders(tmp_path):
         DigitGenerator(latent=0)
 
 
+def test_a_class_starts_at_the_prior_and_references_are_to_be_asked_for():
+    prior, problem = DigitGenerator.prior("priors/digits_vae", steps=3), ClassConstraint(lambda x: x.flatten(1)[:, :3])
+    default, guided = Posterior(prior, problem, width=8), Posterior(prior, problem, "guided", width=8)
+    assert (default.start, default.references) == ("prior", None)
+    assert guided.start == "guided" and guided.references is not None
+
+
 @pytest.mark.slow
 def test_long_training_on_classes_comes_near_the_posterior():
     """600 steps at the default learning rate: without the norm of what the perceptron sees, the ELBO stays 2.3 nats off. A log Z beyond
@@ -84,7 +91,7 @@ def test_long_training_on_classes_comes_near_the_posterior():
     means = torch.stack([x[label == k].mean(0) for k in range(10)]).flatten(1)
     prior = DigitGenerator.prior("priors/digits_vae", steps=20)
     problem = ClassConstraint(lambda x: -torch.cdist(x.flatten(1), means).square())
-    posterior = fit(Posterior(prior, problem, "prior"), 600, 0, warm_start=1.0, bounds=0, progress=False)
+    posterior = fit(Posterior(prior, problem), 600, 0, warm_start=1.0, bounds=0, progress=False)
     y = posterior.check_y(torch.arange(10))
     draws = importance(posterior, y, 500, torch.Generator().manual_seed(1))
     bank = prior.decode(prior.sample(50_000, torch.Generator().manual_seed(2)))
