@@ -74,14 +74,34 @@ class Pool:
         """m transitions of paths of the joint distribution, and y (m, *y_shape)."""
         if not self.keeps_paths:
             x_0, y = self.pairs(m, generator)
-            return noised_bridges(self.prior, x_0, generator, self.shares), y
+            return noised_bridges(self.prior, x_0, random_steps(self.shares, m, generator).to(x_0.device), generator), y
         index = torch.randint(len(self), (m,), generator=generator, device=generator.device).to(self.states.device)
         k = random_steps(self.shares, m, generator).to(index.device)
-        x_t, mean, x_0 = self.states[k, index], self.means[k, index], self.x[index]
+        bridges = self._between(k, self.states[k, index], self.means[k, index], self.x[index])
+        return bridges, self.problem.simulate(self.prior.decode(self.x[index]), generator)
+
+    def unseen(self, n: int, generator: Generator) -> tuple[Bridges, Tensor]:
+        """All K transitions of n new paths, which are not kept, and y (K n, *y_shape), one for each path. (`data` are never new: noised
+        anew.)"""
+        K = self.prior.steps
+        k = torch.arange(K, device=self.states.device).repeat_interleave(n)
+        if self.keeps_paths:
+            paths = rollout(self.prior, n, None, generator, keep_means=True)
+            x_0 = paths.x[-1, :, 0]
+            y = self.problem.simulate(self.prior.decode(x_0), generator)
+            x_t, mean = paths.x[:-1, :, 0].flatten(0, 1), paths.means[:, :, 0].flatten(0, 1)  # type: ignore[index]
+            bridges = self._between(k, x_t, mean, torch.cat([x_0] * K))
+        else:
+            x_0, y = self.pairs(n, generator)
+            bridges = noised_bridges(self.prior, torch.cat([x_0] * K), k, generator)
+        return bridges, torch.cat([y] * K)
+
+    def _between(self, k: Tensor, x_t: Tensor, mean: Tensor, x_0: Tensor) -> Bridges:
+        """Transitions k (m,) of roll-outs of the prior, by the means of its steps."""
         rho = self.moments[1] / self.moments[0]
-        sd = ((self.moments[2] - rho * self.moments[1]).clamp_min(0) / (len(self) * x_0[0].numel())).sqrt()
+        sd = ((self.moments[2] - rho * self.moments[1]).clamp_min(0) / (len(self) * x_t[0].numel())).sqrt()
         mean = mean + expand(rho[k], mean) * (forward_bridge(self.prior, k, x_t, x_0)[0] - mean)
-        return Bridges(k, x_t, mean, sd[k].to(x_t.dtype)), self.problem.simulate(self.prior.decode(x_0), generator)
+        return Bridges(k, x_t, mean, sd[k].to(x_t.dtype))
 
     def pairs(self, m: int, generator: Generator) -> tuple[Tensor, Tensor]:
         """m pairs x_0 (m, *shape), y (m, *y_shape) of the joint distribution."""

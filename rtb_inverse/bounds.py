@@ -75,10 +75,10 @@ class BoundsOverTraining:
     def load_state_dict(self, saved: dict) -> None:
         self.curve, self.on_policy = list(saved["curve"]), list(saved["on_policy"])
 
-    def save(self, folder: str | Path) -> None:
-        """Write training.json and training.png."""
+    def save(self, folder: str | Path, **about) -> None:
+        """Write training.json, with what else there is to say about the training, and training.png."""
         from rtb_inverse.plots import bounds_figure
 
-        about = {"observations": 1 if self.paths is None else self.n, "paths_per_observation": self.n if self.paths is None else 1}
+        about |= {"observations": 1 if self.paths is None else self.n, "paths_per_observation": self.n if self.paths is None else 1}
         (Path(folder) / "training.json").write_text(json.dumps(about | {"bounds": self.curve}, indent=2, allow_nan=False) + "\n")
         bounds_figure(self.curve, Path(folder) / "training.png")

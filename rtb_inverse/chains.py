@@ -316,6 +316,10 @@ class Bridges:
     mean: Tensor
     sd: Tensor
 
+    def split(self, size: int) -> list["Bridges"]:
+        """In parts of at most that many."""
+        return [Bridges(*part) for part in zip(*(field.split(size) for field in (self.k, self.x_t, self.mean, self.sd)), strict=True)]
+
 
 def random_steps(shares: Tensor, m: int, generator: Generator) -> Tensor:
     """m of the K transitions, drawn by their shares (K,): (m,)."""
@@ -335,9 +339,8 @@ def step_shares(prior: "Prior") -> Tensor:
     return (even + decided / decided.sum()) / 2
 
 
-def noised_bridges(prior: Prior, x_0: Tensor, generator: Generator, shares: Tensor) -> Bridges:
-    """Noise each x_0 (M, *shape) to a random level of the grid, by `shares` (K,); x_s between it and x_0 is the forward process's."""
-    k = random_steps(shares, len(x_0), generator).to(x_0.device)
+def noised_bridges(prior: Prior, x_0: Tensor, k: Tensor, generator: Generator) -> Bridges:
+    """Noise each x_0 (M, *shape) to the level before transition k (M,); x_s between it and x_0 is the forward process's."""
     noise = torch.randn(x_0.shape, generator=generator, device=x_0.device, dtype=x_0.dtype)
     x_t = prior.schedule.add_noise(x_0, noise, prior.times.to(x_0.device)[k])
     return Bridges(k, x_t, *forward_bridge(prior, k, x_t, x_0))

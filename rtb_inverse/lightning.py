@@ -17,14 +17,14 @@ from rtb_inverse import checkpoints
 from rtb_inverse.averaging import ExponentialMovingAverage
 from rtb_inverse.behaviours import ObservationStore, Pool, check_weights, mixture
 from rtb_inverse.bounds import BoundsOverTraining
-from rtb_inverse.chains import noised_bridges, rollout, step_shares
+from rtb_inverse.chains import noised_bridges, random_steps, rollout, step_shares
 from rtb_inverse.checks import check_choice, check_count, check_positive, check_writable
 from rtb_inverse.data import ObservationData
 from rtb_inverse.diagnostics import log_mean_weight
 from rtb_inverse.evaluation import evaluate, observe, simulate_observations
 from rtb_inverse.objectives import half_square, rtb, tempered, vargrad, wake_sleep
 from rtb_inverse.posterior import Posterior
-from rtb_inverse.training import denoising_loss, path_backward, score, step_weights
+from rtb_inverse.training import denoising_loss, line_search, path_backward, score, step_weights
 
 OBJECTIVES = ("rtb", "vargrad", "wake_sleep")
 LEAST = 0.1  # share of the draws that enter a wake-sleep buffer with their weights: fewer, again and again, would be all it ever holds
@@ -57,6 +57,8 @@ class PosteriorTraining(LightningModule):
             each step.
         step_fraction, chunk_size: see `training.path_backward`.
         refresh: every how many steps the pool grows; in a wake-sleep warm start, every how many steps new draws enter the buffer.
+        line_search: at the end of the warm start, go back along the line to where it began, to where the loss on new pairs is least
+            (`training.line_search`); `kept` is how far along that is.
         bounds: how often over training, beside its end, ELBO and EUBO are measured (`BoundsOverTraining`), at least 10 steps apart; 0:
             never.
         output: folder for the finished posterior, and the bounds in training.json and .png; tried before any work. None: nothing is
@@ -71,7 +73,7 @@ class PosteriorTraining(LightningModule):
         observations: int = 8, draws: int = 8, lr: float = 2e-3, lr_rtb: float = 3e-5, lr_log_z: float = 1e-2,
         clip: float | None = 10.0, max_grad_norm: float = 1.0, ema_decay: float = 0.999, pool: int = 8192, pool_start: int = 2048,
         pool_growth: int = 256, slots: int = 256, capacity: int = 32, step_fraction: float = 1.0, chunk_size: int | None = 1024,
-        refresh: int = 20, bounds: int = 8, output: str | None = None, test_draws: int = 64, seed: int = 0,
+        refresh: int = 20, line_search: bool = True, bounds: int = 8, output: str | None = None, test_draws: int = 64, seed: int = 0,
     ):  # fmt: skip
         super().__init__()
         self.automatic_optimization = False
@@ -129,6 +131,7 @@ class PosteriorTraining(LightningModule):
         self.store: ObservationStore | None = None
         self.bounds: BoundsOverTraining | None = None
         self.test_draws = check_count("test_draws", test_draws, 2)
+        self.line_search, self.kept = line_search, 1.0
         self._restored: dict | None = None
         self._loaded = False
 
@@ -149,6 +152,7 @@ class PosteriorTraining(LightningModule):
         if self._restored is not None:
             self._restore(self._restored)
             return
+        self.began = [parameter.detach().clone() for parameter in self.posterior.trainable()]
         if self.pool is not None:
             self.pool.grow(self.pool_start, self.generator, progress=self.trainer.progress_bar_callback is not None)
             if not self.fixed:
@@ -177,6 +181,8 @@ class PosteriorTraining(LightningModule):
         torch.nn.utils.clip_grad_norm_(self.posterior.trainable(), self.max_grad_norm)
         optimizer.step()
         self.ema.update()
+        if step == warm - 1 and self.pool is not None and self.line_search:
+            self._keep_what_holds()
         self.log("loss", loss, prog_bar=True)
 
     def _measure_bounds(self, step: int) -> None:
@@ -194,10 +200,29 @@ class PosteriorTraining(LightningModule):
                 self._gather(step)
             only = torch.zeros(1, dtype=torch.long, device=self.device)  # what entered by weight is drawn evenly
             x_0, y = self.store.good(only, self.states, self.generator, uniform=1.0)[:, 0], None
-            bridges = noised_bridges(self.posterior.prior, x_0, self.generator, step_shares(self.posterior.prior))
+            k = random_steps(step_shares(self.posterior.prior), len(x_0), self.generator).to(x_0.device)
+            bridges = noised_bridges(self.posterior.prior, x_0, k, self.generator)
         loss = denoising_loss(self.posterior, bridges, y, self.weights)
         loss.backward()
         return loss.detach()
+
+    @torch.no_grad()
+    def _keep_what_holds(self) -> None:
+        """Of what the warm start has learnt, as much as holds on pairs that it has not seen: the averages are moved back to there on the
+        line to where training began, and training goes on from them."""
+        trained = self.posterior.trainable()
+        bridges, y = self.pool.unseen(max(2, -(-8 * self.states // self.posterior.steps)), self.generator)
+        size = self.chunk_size or len(y)
+
+        def loss() -> float:
+            parts = zip(bridges.split(size), y.split(size), strict=True)
+            total = torch.stack([denoising_loss(self.posterior, part, of) * len(of) for part, of in parts]).sum()
+            return float(self.trainer.strategy.reduce(total, reduce_op="mean") if self.trainer.world_size > 1 else total)
+
+        self.ema.swap()
+        self.kept = line_search(trained, self.began, loss)
+        for average, parameter in zip(self.ema.averages, trained, strict=True):
+            average.copy_(parameter)
 
     def _average_gradients(self) -> None:
         """Over devices. The gradient comes from several backward passes of chunks, which DistributedDataParallel's own reduction, made
@@ -332,7 +357,7 @@ class PosteriorTraining(LightningModule):
         if self.output is not None:
             self.posterior.save_pretrained(self.output)
             if self.bounds is not None:
-                self.bounds.save(self.output)
+                self.bounds.save(self.output, kept=self.kept)
 
     # Resume -----------------------------------------------------------------------------------------------------------------------
 
@@ -344,6 +369,8 @@ class PosteriorTraining(LightningModule):
             "generator": self.generator.get_state(),
             "pool": None if self.pool is None else self.pool.state_dict(),
             "store": self.store.state_dict(),
+            "began": self.began,
+            "kept": self.kept,
             "bounds": None if self.bounds is None else self.bounds.state_dict(),
         }
 
@@ -370,6 +397,7 @@ class PosteriorTraining(LightningModule):
             self.store = ObservationStore(self.posterior.shape, saved["y"].to(self.device), capacity=saved["x_0"].shape[1])
             self.store.truth = True
         self.store.load_state_dict(sources["store"])
+        self.began, self.kept = [value.to(self.device) for value in sources["began"]], sources["kept"]
         if self.bounds is not None and sources.get("bounds") is not None:
             self.bounds.load_state_dict(sources["bounds"])
         self._restored = None

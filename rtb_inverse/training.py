@@ -4,9 +4,10 @@ The gradient of any objective of log q (N, B) is a sum over paths and steps of (
 log-density. So: roll out and score under `no_grad`, then visit the steps in batched chunks. Memory is that of one chunk, whatever K.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
+from scipy.optimize import minimize_scalar
 from torch import Generator, Tensor
 
 from rtb_inverse.chains import Bridges, Trajectory, chunks, path_log_prob, step_log_prob
@@ -45,6 +46,29 @@ def denoising_loss(posterior: Posterior, bridges: Bridges, y: Tensor | None, wei
     if weights is not None:
         log_q = weights.to(log_q)[bridges.k] * log_q
     return -log_q.mean() * posterior.steps / bridges.x_t[0].numel()
+
+
+@torch.no_grad()
+def line_search(parameters: Sequence[Tensor], start: Sequence[Tensor], loss: Callable[[], Tensor | float], evaluations: int = 9) -> float:
+    """Put the parameters theta, in place, where the loss is least on the line from `start` to where they are; returns how far along, in
+    [0, 1].
+
+    What a regression learns from finitely many examples is part signal, part noise: a step of s along the line keeps s (2 - s) of what
+    was to be gained and s^2 of what the noise costs. The loss is to be of examples that it was not trained on.
+    """
+    end = [parameter.detach().clone() for parameter in parameters]
+
+    def at(s: float) -> float:
+        for parameter, first, last in zip(parameters, start, end, strict=True):
+            parameter.copy_(torch.lerp(first, last, s))
+        return float(loss())
+
+    found = {s: at(s) for s in (0.0, 1.0)}
+    inside = minimize_scalar(at, bounds=(0.0, 1.0), method="bounded", options={"maxiter": evaluations - 2})
+    found[float(inside.x)] = float(inside.fun)
+    best = min(found, key=found.__getitem__)
+    at(best)
+    return best
 
 
 @torch.no_grad()
