@@ -2,7 +2,7 @@
 
     y of draws of priors/mnist_latent: a box hidden, and four times fewer pixels each way, at noise 0.1
     ours, untrained: guided by Gauss and Newton through the decoder, or by one gradient step, as where the latents are many; and by SMC
-    latent DPS, its step size tuned by CRPS on other observations
+    latent DPS, and PSLD, which glues the latent to what its image encodes to; step sizes tuned by CRPS on other observations
 
 Means and standard errors over observations; nominal levels of the intervals in brackets; CPU seconds per draw. One thread; prints Markdown.
 """
@@ -16,22 +16,24 @@ from torch import Generator, Tensor
 
 from priors import LatentPrior
 from rtb_inverse import Particles, Posterior, importance, smc
-from rtb_inverse.baselines import dps, tuned_zeta
+from rtb_inverse.baselines import dps, psld, tuned
 from rtb_inverse.diagnostics import Estimate, interval_level
 from rtb_inverse.evaluation import scores
 from rtb_inverse.guidance import GradientGuidance
 from tasks import Inpainting, SuperResolution
 
 ZETAS = (0.1, 0.3, 1.0, 3.0)
+GAMMAS = (0.03, 0.1, 0.3)
 
 
 def row(name: str, problem, draws: Particles, y: Tensor, x: Tensor, seconds: float) -> str:
     """Of draws with their weights; those of SMC are resampled, and only path weights bound the evidence."""
     z = draws.resample(generator=Generator().manual_seed(2)).x if "SMC" in name else draws.x
     of = {key: str(Estimate.of(value)) for key, value in scores(problem, z, y, x).items()}
-    if "DPS" not in name:
+    rival = "zeta" in name
+    if not rival:
         of["log Z"] = str(Estimate.of(draws.log_z))
-    if "DPS" not in name and "SMC" not in name:
+    if not rival and "SMC" not in name:
         of["ELBO"] = str(Estimate.of(draws.log_w.mean(0)))
     level, each = f"{interval_level(len(z), 0.9):.3f}", seconds / draws.log_w.numel()
     cells = (of.get(key, "") for key in ("log_likelihood", "ELBO", "log Z", "psnr", "crps", "chi_squared", "coverage_90"))
@@ -42,6 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--observations", type=int, default=6)
     parser.add_argument("--draws", type=int, default=8)
+    parser.add_argument("--ours", action=argparse.BooleanOptionalAction, default=True)
     o = parser.parse_args()
     torch.set_num_threads(1)
     prior, n = LatentPrior.from_pretrained("priors/mnist_latent"), o.draws
@@ -54,17 +57,23 @@ def main() -> None:
         x = prior.decode(prior.sample(o.observations + 3, generator))
         y = problem.simulate(x, generator)
         (others, x), (theirs, y) = x.split([3, o.observations]), y.split([3, o.observations])
-        zeta = tuned_zeta(prior, problem, others, theirs, ZETAS, n, Generator().manual_seed(1))
-        posterior, plain = Posterior(prior, problem), Posterior(prior, problem)
+        posterior, plain, rivals = Posterior(prior, problem), Posterior(prior, problem), {}
         plain.guide = GradientGuidance(problem, 1, decode=prior.decode, event_dim=len(prior.shape))
+        for name, method, grid in (
+            ("latent DPS", dps, [{"zeta": zeta} for zeta in ZETAS]),
+            ("PSLD", psld, [{"zeta": zeta, "gamma": gamma} for zeta in ZETAS for gamma in GAMMAS]),
+        ):
+            best = tuned(method, prior, problem, others, theirs, grid, n, Generator().manual_seed(1))
+            label = ", ".join(f"{key} {value:g}" for key, value in best.items())
+            rivals[f"{name}, {prior.steps} steps, {label}"] = partial(method, prior, problem, **best)
         print(f"\n#### {title}\n\nLog-likelihood of the truth {Estimate.of(problem.log_likelihood(x, y))}.\n")
         print("| | log-likelihood | ELBO | log Z | PSNR | CRPS | chi² | coverage | CPU s |\n|---|---|---|---|---|---|---|---|---|")
-        for name, sample in {
+        ours = {
             "ours, Gauss-Newton": partial(importance, posterior),
             "ours, one gradient step": partial(importance, plain),
             "ours, SMC": partial(smc, posterior),
-            f"latent DPS, {prior.steps} steps, zeta {zeta:g}": partial(dps, prior, problem, zeta=zeta),
-        }.items():
+        }
+        for name, sample in ((ours if o.ours else {}) | rivals).items():
             start, draws = time.process_time(), sample(y, n, Generator().manual_seed(1))
             print(row(name, problem, draws, y, x, time.process_time() - start), flush=True)
 

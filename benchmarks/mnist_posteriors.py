@@ -168,7 +168,8 @@ def compare(task: str, args: argparse.Namespace) -> str:
             _, training = timed(lambda: fit(posterior, args.steps, 0, progress=False, bounds=0, **options))
         report = judge("ours, trained", posterior)
     report.save_panel(args.output / f"mnist_{task.translate(PLAIN)}.png", rows=4, columns=10)
-    corrected, seconds = timed(lambda: smc(posterior, held.y, DRAWS // 2, Generator().manual_seed(0), budget=BUDGET * prior.steps))
+    budget = BUDGET * posterior.evaluations()
+    corrected, seconds = timed(lambda: smc(posterior, held.y, DRAWS // 2, Generator().manual_seed(0), budget=budget))
     add(f"ours, SMC at {BUDGET} K", corrected, seconds, **{"log Z": Estimate.of(corrected.log_z)})
     zetas, rivals = [], {}
     for multiple, n in ((1, DRAWS), (BUDGET, DRAWS // 4)) if args.rivals else ():

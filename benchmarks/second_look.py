@@ -39,7 +39,7 @@ def main() -> None:
             start = time.process_time()
             posterior.sample(held.y[:4], 8, Generator().manual_seed(0))
             speed = 4 * 8 / (time.process_time() - start)
-            evaluations = prior.steps + (int(posterior.looks.sum()) if second_look else 0)
+            evaluations = posterior.evaluations()
             truth = Estimate.of(posterior.problem.log_likelihood(held.x, held.y))
             title = f"{task} ({truth})" if not second_look else ""
             cells = " | ".join(str(numbers[name]) for name in COLUMNS)

@@ -366,7 +366,7 @@ def chunks(trajectory: Trajectory, chunk_size: int | None, steps: Tensor | None 
     steps = torch.arange(trajectory.steps) if steps is None else steps.cpu()
     rows = torch.cartesian_prod(steps, torch.arange(n)).to(trajectory.x.device)
     size = len(rows) if chunk_size is None else max(1, check_count("chunk_size", chunk_size) // b)
-    for part in rows.split(size):
+    for part in rows.split(size) if len(rows) else ():  # not an empty one, which some networks cannot take
         yield part[:, 0], part[:, 1]
 
 

@@ -190,6 +190,11 @@ class Posterior(Chain):
     def _input_gate(self) -> nn.Parameter | None:
         return getattr(self.network, "input_gate", None)
 
+    def evaluations(self, level: int | None = None) -> int:
+        """Of the network for one draw, from the start (K, the default) or from `level` steps above x_0: a step takes one, or two looks."""
+        level = self.steps if level is None else level
+        return level + (0 if self.looks is None else int(self.looks[:level].sum()))
+
     def log_likelihood(self, x_0: Tensor, y: Tensor | None) -> Tensor:
         """beta log p(y | decode(x_0)): x_0 (N, B, *shape), y (B, *y_shape); returns (N, B)."""
         return self.beta * self.problem.log_likelihood(self.prior.decode(x_0), y)

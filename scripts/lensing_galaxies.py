@@ -38,8 +38,8 @@ y, of_others, posterior = family.simulate(x, g), family.simulate(others, g), Pos
 several = family.several(family.split(y)[1])
 zeta = tuned_zeta(prior, family, others, of_others, o.zeta, 8, g, True) if len(o.zeta) > 1 else o.zeta[0]
 for name, sample in {
-    f"posterior ({prior.steps} network evaluations)": partial(posterior.sample, y, n, g, progress=True),
-    f"SMC ({2 * prior.steps})": partial(smc, posterior, y, n, g, progress=True),
+    f"posterior ({posterior.evaluations()} network evaluations)": partial(posterior.sample, y, n, g, progress=True),
+    f"SMC ({posterior.evaluations() + prior.steps})": partial(smc, posterior, y, n, g, progress=True),
     f"DPS ({prior.steps}; zeta {zeta:g})": partial(dps, prior, family, y, n, g, zeta=zeta, progress=True),
 }.items():
     z, said = judge(family, sample, y, x, g)

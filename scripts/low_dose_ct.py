@@ -39,8 +39,8 @@ posterior = fit(posterior, o.steps, o.seed) if o.steps else posterior
 fbp, found, line = problem.condition(y), [], ""
 zeta = tuned_zeta(prior, problem, others, of_others, o.zeta, 16, g, True) if len(o.zeta) > 1 else o.zeta[0]
 for name, sample in (
-    (f"posterior ({prior.steps} network evaluations)", partial(posterior.sample, y, n, g, progress=True)),
-    (f"SMC ({2 * prior.steps})", partial(smc, posterior, y, n, g, progress=True)),
+    (f"posterior ({posterior.evaluations()} network evaluations)", partial(posterior.sample, y, n, g, progress=True)),
+    (f"SMC ({posterior.evaluations() + prior.steps})", partial(smc, posterior, y, n, g, progress=True)),
     (f"DPS ({prior.steps}; zeta {zeta:g})", partial(dps, prior, problem, y, n, g, zeta=zeta, progress=True)),
 ):
     z, said = judge(problem, sample, y, x, g)

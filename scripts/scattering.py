@@ -50,18 +50,18 @@ for contrast, row in zip(o.contrast, axes, strict=True):
     born, problem = (InverseProblem(torch.nn.Sequential(pool, m), ComplexGaussianNoise(o.noise * rms), prior.shape) for m in waves)
     y, of_others = problem.simulate(x, g).tensor_split([-3])
     weight = max((10.0**k * rms**2 for k in range(-6, 3)), key=lambda w: psnr(linear(of_others, born, w), others).mean())
-    zeta = tuned_zeta(prior, problem, others, of_others, [z / rms for z in o.zeta], 8, g, True)
+    zeta, posterior = tuned_zeta(prior, problem, others, of_others, [z / rms for z in o.zeta], 8, g, True), Posterior(prior, problem)
     u = torch.linalg.solve(torch.eye(len(g_k)) - g_k * contrast * (pool(truth[0]).flatten() + 1) / 2, v)[:, 0].real
     shown = {"truth": truth, "a wave in it": u.reshape(1, 1, o.grid, -1), "linear inversion": linear(y, born, weight)}
     line, off = f"linear inversion: psnr {Estimate.of(psnr(shown['linear inversion'], truth))}", (by_born - clean).norm() / clean.norm()
     for name, sample in {
         "posterior of Born": partial(Posterior(prior, born).sample, y, n, g, progress=True),
         "DPS": partial(dps, prior, problem, y, n, g, zeta=zeta, progress=True),
-        "posterior mean": partial(Posterior(prior, problem).sample, y, n, g, progress=True),
+        "posterior mean": partial(posterior.sample, y, n, g, progress=True),
     }.items():
         z, said = judge(problem, sample, y, truth)
         line, shown = f"{line}; {name}: {said}", shown | {name: z.mean(0)}
-    print(f"contrast {contrast:g}, Born {off:.0%} off; {line}; zeta {zeta * rms:.3g}, {o.steps} network evaluations", flush=True)
+    print(f"contrast {contrast:g}, Born {off:.0%} off; {line}; {posterior.evaluations()} evaluations, DPS {o.steps}, zeta {zeta * rms:.3g}")
     for ax, (title, image) in zip(row, (shown | {"posterior std": z.std(0), "draw": z[0]}).items(), strict=True):
         ax.imshow(image[0, 0], aspect="auto", **{"a wave in it": wave, "posterior std": {"cmap": "magma", "vmin": 0}}.get(title, body))
         title, label = title if ax in axes[0] else "", f"contrast {contrast:g}" if ax is row[0] else ""

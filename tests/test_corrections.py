@@ -378,7 +378,7 @@ def counted(posterior: Posterior) -> list[int]:
     count = [0]
 
     def hook(module, args):
-        count[0] += args[1][..., 0].numel()
+        count[0] += args[1].numel() // posterior.shape.numel()
 
     posterior.network.register_forward_pre_hook(hook)
     return count
@@ -393,6 +393,22 @@ def test_evaluations_are_counted_and_within_the_budget(name, budget, generator):
     assert draws.x.shape == (10, 3, 2) and count[0] == draws.info["evaluations"] * 30
     if budget is not None:
         assert budget / 2 < draws.info["evaluations"] <= budget
+
+
+@pytest.mark.parametrize("budget", [None, 24, 41.0])
+@pytest.mark.parametrize("name", METHODS)
+def test_second_looks_are_counted(name, budget, make_prior, generator):
+    """Of a network of pixels, guided: a step takes one evaluation, or two."""
+    prior = make_prior("pixels", steps=6)
+    posterior = Posterior(prior, InverseProblem(lambda x: x.flatten(1)[:, :3], GaussianNoise(0.5)))
+    looks = posterior.looks.tolist()
+    assert 0 < sum(looks) < 6 and not looks[0]
+    assert [posterior.evaluations(level) for level in range(7)] == [level + sum(looks[:level]) for level in range(7)]
+    assert posterior.evaluations() == 6 + sum(looks) and Posterior(prior, posterior.problem, second_look=False).evaluations() == 6
+    y, count = torch.zeros((2, 3)), counted(posterior)
+    draws = METHODS[name](posterior, y, 4, generator, budget=budget)
+    assert count[0] == draws.info["evaluations"] * 8
+    assert budget is None or budget / 2 < draws.info["evaluations"] <= budget
 
 
 @pytest.mark.parametrize("start", [True, False])

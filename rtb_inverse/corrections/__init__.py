@@ -6,9 +6,10 @@
     refine          the same with several candidates for each draw
 
 The cost of a draw, `info["evaluations"]`: how often a state passes through the posterior's network for each draw that is returned, drawing
-and scoring together. Plain sampling costs K, the number of steps. `budget` is the most that a draw may cost; what one run needs at
-least is said in one ValueError where it is more. The frozen prior's own network, which the weights need, is not counted: it is called as
-often, and in `renoise_mcmc` and `refine` 2 K times more a sweep where the prior's chain is not the exact reversal.
+and scoring together. Plain sampling costs K, the number of steps, and one more for each second look (`Posterior.evaluations`). `budget` is
+the most that a draw may cost; what one run needs at least is said in one ValueError where it is more. The frozen prior's own network, which
+the weights need, is not counted: it is called K times a run, and in `renoise_mcmc` and `refine` 2 K times more a sweep where the prior's
+chain is not the exact reversal.
 
 Weights of 0 (a log-likelihood of -inf: draws that y, or a reward, forbids) are allowed as long as one draw of every observation has
 another; NaN and +inf never are. Either ends in one ValueError.

@@ -24,8 +24,8 @@ def importance(
         posterior: proposal and target.
         y: observations, (B, *y_shape); None for a `Reward`.
         n: draws per observation, at least 1. A single one has an ESS of 1, and a `log_z_error` and `k_hat` of inf: it cannot know them.
-        budget: most network evaluations per draw, at least K: floor(budget / K) n proposals, of which n are resampled by their weights;
-            log_w is then log_z for all.
+        budget: most network evaluations per draw, at least those of one proposal: as many of these as it lasts for, of which n are
+            resampled by their weights; log_w is then log_z for all.
         batch_size: most draws per observation rolled out at once; all by default.
         smooth: Pareto-smooth the weights (`diagnostics.pareto_smooth`): less variance, a little bias.
         chunk_size: most states in one scoring call.
@@ -41,7 +41,7 @@ def importance(
     check_count("n", n)
     if batch_size is not None:
         check_count("batch_size", batch_size)
-    runs, y = runs_within(budget, "importance", posterior.steps), posterior.check_y(y)
+    runs, y = runs_within(budget, "importance", posterior), posterior.check_y(y)
     xs, log_ws = [], []
     for start in range(0, runs * n, batch_size or runs * n):
         paths = rollout(posterior, min(batch_size or runs * n, runs * n - start), y, generator, progress=progress)
@@ -49,6 +49,6 @@ def importance(
         xs.append(posterior.decode(paths.x_0))
     log_w = check_possible("weights of the paths", torch.cat(log_ws))
     smoothed, k_hat = pareto_smooth(log_w)
-    info = {"evaluations": float(runs * posterior.steps), "k_hat": k_hat}
+    info = {"evaluations": float(runs * posterior.evaluations()), "k_hat": k_hat}
     draws = Particles(torch.cat(xs), smoothed if smooth else log_w, info)
     return draws if budget is None else thin(draws, n, generator)

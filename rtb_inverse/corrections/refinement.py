@@ -19,8 +19,8 @@ def refine(
     Args:
         rounds: at least 1; with a budget, as many as it lasts for.
         candidates: at least 2.
-        budget: most network evaluations per draw, at least K + candidates + 1. The rest as in `renoise_mcmc`, which this is with several
-            candidates.
+        budget: most network evaluations per draw, at least those of a draw and a sweep at level 1. The rest as in `renoise_mcmc`, which
+            this is with several candidates.
     """
     check_count("candidates", candidates, 2), check_count("rounds", rounds)
     return renoise_mcmc(

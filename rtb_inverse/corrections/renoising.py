@@ -1,6 +1,7 @@
 """Re-noising Markov chains on paths."""
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import count, pairwise
@@ -34,7 +35,8 @@ def renoise_mcmc(
         re-denoise  x_{k-1} .. x_0 anew from x_k by the posterior; accepted by p p(y | x_0)^beta over q
 
     The first two are always accepted where the prior's chain is the exact reversal. The level is drawn for all chains of a sweep at once,
-    evenly up to a highest one: K, unless `burn_in` sweeps adapt it. A sweep costs (candidates + 1) k network evaluations per draw.
+    evenly up to a highest one: K, unless `burn_in` sweeps adapt it. A sweep costs candidates + 1 times
+    the network evaluations of a draw from level k.
 
     Args:
         posterior: proposal and target.
@@ -46,9 +48,9 @@ def renoise_mcmc(
             weight (iterated sampling importance resampling; Andrieu, Lee, Vihola 2018, arXiv 1312.6432).
         start: x_0 to start from in the chain's space, (n, B, *shape), noised up by the forward process; by default n draws of the
             posterior, resampled by their path weights out of four times as many.
-        budget: most network evaluations per draw, start and burn-in included; at least (burn_in + 1) (candidates + 1), and K more without
-            a start. At most half of it goes to the start, K at least: out of four times as many draws, or fewer; the levels of the last
-            sweeps are those that still fit.
+        budget: most network evaluations per draw, start and burn-in included; at least those of burn_in + 1 sweeps at level 1, and of a
+            draw without a start. At most half of it goes to the start, one draw at least: out of four times as many draws, or fewer; the
+            levels of the last sweeps are those that still fit.
         chunk_size: most states in one scoring call.
 
     Returns:
@@ -62,29 +64,32 @@ def renoise_mcmc(
     """
     check_count("n", n), check_count("sweeps", sweeps), check_count("burn_in", burn_in, 0), check_count("candidates", candidates)
     y = posterior.check_y(y)
-    K, b, cost = posterior.steps, 1 if y is None else len(y), candidates + 1
+    K, b = posterior.steps, 1 if y is None else len(y)
+    costs = [(candidates + 1) * posterior.evaluations(level) for level in range(K + 1)]  # of a sweep
+    least, one = costs[1], posterior.evaluations()
     pool = 0 if start is not None else POOL
     if budget is not None:
         need = f"{'' if pool == 0 else 'a start and '}{burn_in} + 1 sweeps at level 1, candidates = {candidates}"
-        check_budget(budget, need, (0 if pool == 0 else K) + (burn_in + 1) * cost)
-        pool = min(pool, max(1, int(budget // (2 * K))))
+        check_budget(budget, need, (0 if pool == 0 else one) + (burn_in + 1) * least)
+        pool = min(pool, max(1, int(budget // (2 * one))))
     states = (
         choose_by_weight(posterior, y, n, generator, chunk_size, pool) if start is None else climb_from(posterior, start, n, b, generator)
     )
     device = None if generator is None else generator.device
     directions = torch.randn((states[-1][0, 0].numel(), 8), generator=generator, device=states.device, dtype=states.dtype)
-    evaluations, highest = float(pool * K), float(K)
+    evaluations, highest = float(pool * one), float(K)
     accepted: list[Tensor] = []
     history: list[Tensor] = []
     for done in tqdm(count(), "sweeps", total=None if budget else burn_in + sweeps, disable=not progress, leave=False):
         top = round(highest)
         if budget is not None:
-            top = min(top, int((budget - evaluations) // cost) - max(0, burn_in - done))
+            left = budget - evaluations - least * max(0, burn_in - done)
+            top = min(top, bisect_right(costs, left) - 1)
         if top < 1 or (budget is None and done == burn_in + sweeps):
             break
         level = int(torch.randint(1, top + 1, (), generator=generator, device=device))
         states, moved = sweep(posterior, states, level, y, generator, chunk_size, candidates)
-        evaluations += cost * level
+        evaluations += costs[level]
         if done < burn_in:
             highest = min(float(K), max(1.0, highest * math.exp((float(moved[-1].mean()) - GOAL) / (done + 1) ** 0.5)))
         else:

@@ -35,8 +35,8 @@ def smc(
             "likelihood", of y at the prior's estimate of x_0, flattened by what that estimate does not know (`twist_log_likelihood`);
             or "none", 1. None of them needs the posterior's network.
         threshold: in [0, 1]; 0 never resamples, which is importance sampling.
-        budget: most network evaluations per draw, at least K: floor(budget / K) n particles, of which n are resampled by their weights
-            at the end; log_w is then log_z for all.
+        budget: most network evaluations per draw, at least those of one particle: as many of these as it lasts for, of which n are
+            resampled by their weights at the end; log_w is then log_z for all.
 
     Returns:
         Particles(x (n, B, *data_shape), log_w (n, B)), with info `evaluations`, and `log_z_error` (B,) by the weight that each first
@@ -49,7 +49,7 @@ def smc(
     check_count("n", n, 2)
     check_fraction("threshold", threshold)
     y, prior = posterior.check_y(y), posterior.prior
-    N, b = n * runs_within(budget, "smc", posterior.steps), 1 if y is None else len(y)
+    N, b = n * runs_within(budget, "smc", posterior), 1 if y is None else len(y)
     psi_of = make_twist(posterior, y, twist)
     shares = type(prior).transition is Prior.transition  # then its step is one around the very estimate that psi needs
 
@@ -71,7 +71,7 @@ def smc(
         known = (x, psi, first) if estimate is None else (x, psi, first, estimate)
         (x, psi, first, *rest), log_w, log_z = resample(known, log_w, log_z, threshold, generator)
         estimate = rest[0] if rest else None
-    info = {"evaluations": float(N // n * posterior.steps), "log_z_error": ancestral_error(log_w, first)}
+    info = {"evaluations": float(N // n * posterior.evaluations()), "log_z_error": ancestral_error(log_w, first)}
     particles = Particles(posterior.decode(x), log_w + log_z, info)
     return particles if budget is None else thin(particles, n, generator)
 

@@ -20,11 +20,11 @@ def path_log_weights(posterior: Posterior, paths: Trajectory, chunk_size: int | 
     return check_below_infinity("weights of the paths", log_w)
 
 
-def runs_within(budget: float | None, method: str, steps: int) -> int:
-    """How many whole runs of K steps a draw may cost: floor(budget / K), 1 without a budget."""
+def runs_within(budget: float | None, method: str, posterior: Posterior) -> int:
+    """How many whole runs a draw may cost, 1 without a budget."""
     if budget is None:
         return 1
-    return int(check_budget(budget, f"one run of {method}", steps) // steps)
+    return int(check_budget(budget, f"one run of {method}", posterior.evaluations()) // posterior.evaluations())
 
 
 def check_budget(budget: float, run: str, least: int) -> float:
