@@ -223,6 +223,7 @@ class PosteriorTraining(LightningModule):
         self.kept = line_search(trained, self.began, loss)
         for average, parameter in zip(self.ema.averages, trained, strict=True):
             average.copy_(parameter)
+        self.log("kept", self.kept, prog_bar=True)
 
     def _average_gradients(self) -> None:
         """Over devices. The gradient comes from several backward passes of chunks, which DistributedDataParallel's own reduction, made

@@ -58,16 +58,19 @@ def line_search(parameters: Sequence[Tensor], start: Sequence[Tensor], loss: Cal
     """
     end = [parameter.detach().clone() for parameter in parameters]
 
-    def at(s: float) -> float:
+    def put(s: float) -> None:
         for parameter, first, last in zip(parameters, start, end, strict=True):
             parameter.copy_(torch.lerp(first, last, s))
+
+    def at(s: float) -> float:
+        put(s)
         return float(loss())
 
     found = {s: at(s) for s in (0.0, 1.0)}
     inside = minimize_scalar(at, bounds=(0.0, 1.0), method="bounded", options={"maxiter": evaluations - 2})
     found[float(inside.x)] = float(inside.fun)
     best = min(found, key=found.__getitem__)
-    at(best)
+    put(best)
     return best
 
 

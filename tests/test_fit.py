@@ -220,7 +220,7 @@ def test_what_a_fit_leaves_is_the_average(monkeypatch):
     posterior = Posterior(GaussianMixturePrior.random(2, 3, 1, steps=4), InverseProblem(torch.eye(2), GaussianNoise(1.0)), width=16)
     average = [p.detach().clone() for p in posterior.trainable()]
     noted = Noted(monkeypatch)
-    fit(posterior, 15, progress=False, states=16, pool_start=32, slots=8, warm_start=0.6, ema_decay=0.5)
+    fit(posterior, 15, progress=False, states=16, pool_start=32, slots=8, warm_start=0.6, ema_decay=0.5, line_search=False)
     for n, weights in enumerate(noted.weights):
         d = min(0.5, (1 + n) / (10 + n))
         average = [d * a + (1 - d) * w for a, w in zip(average, weights, strict=True)]
