@@ -1,7 +1,9 @@
-"""What the covariance at the very state adds to the guided start: python benchmarks/second_look.py [--prior priors/mnist] [--tasks ...]
+"""What the covariance at the very state adds to the guided start, and what draws of the prior do:
 
-Untrained posteriors with and without `second_look`, the same observations (simulated from the prior), numbers with standard errors over
-them; evaluations of the network and draws per second of one thread. Prints Markdown.
+    python benchmarks/second_look.py [--prior priors/mnist] [--tasks ...] [--references 4096]
+
+Untrained posteriors with and without `second_look`, and with references, the same observations (simulated from the prior), numbers with
+standard errors over them; evaluations of the network and draws per second of one thread. Prints Markdown.
 """
 
 import argparse
@@ -25,15 +27,21 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(EXAMPLES))
     parser.add_argument("--observations", type=int, default=24)
     parser.add_argument("--draws", type=int, default=8)
+    parser.add_argument("--references", type=int, default=0, help="how many; 0: none")
     args = parser.parse_args()
     torch.set_num_threads(1)
     prior = (LatentPrior if "latent" in args.prior else DiffusersPrior).from_pretrained(args.prior)
+    generator = Generator().manual_seed(4)
+    parts = [prior.sample(min(1024, args.references - i), generator) for i in range(0, args.references, 1024)]
+    ways = {"one": {"second_look": False}, "two": {"second_look": True}}
+    if parts:
+        ways = {"two": ways["two"], "two, references": {"second_look": True, "references": torch.cat(parts)}}
     print(f"90 % intervals of {args.draws} draws cover {interval_level(args.draws, 0.9):.3f}.\n")
     print(f"| problem (log-likelihood of the truth) | looks | evaluations | {' | '.join(COLUMNS)} | draws per second |")
     print("|---" * (len(COLUMNS) + 4) + "|")
     for task in args.tasks:
-        for second_look in (False, True):
-            posterior = Posterior(prior, EXAMPLES[task](prior.data_shape), second_look=second_look)
+        for looks, options in ways.items():
+            posterior = Posterior(prior, EXAMPLES[task](prior.data_shape), **options)
             held = simulate_observations(posterior, args.observations, Generator().manual_seed(12345))
             numbers = evaluate(posterior, held, args.draws, Generator().manual_seed(54321)).numbers
             start = time.process_time()
@@ -41,9 +49,9 @@ def main() -> None:
             speed = 4 * 8 / (time.process_time() - start)
             evaluations = posterior.evaluations()
             truth = Estimate.of(posterior.problem.log_likelihood(held.x, held.y))
-            title = f"{task} ({truth})" if not second_look else ""
+            title = f"{task} ({truth})" if looks == next(iter(ways)) else ""
             cells = " | ".join(str(numbers[name]) for name in COLUMNS)
-            print(f"| {title} | {'two' if second_look else 'one'} | {evaluations} | {cells} | {speed:.2g} |", flush=True)
+            print(f"| {title} | {looks} | {evaluations} | {cells} | {speed:.2g} |", flush=True)
 
 
 if __name__ == "__main__":

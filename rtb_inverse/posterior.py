@@ -16,7 +16,7 @@ from rtb_inverse.networks import ConditionalUNet, LogZ, ResidualMLP, gaussian_er
 from rtb_inverse.noise_range import NoiseRange
 from rtb_inverse.particles import Particles
 from rtb_inverse.problems import InverseProblem, Reward
-from rtb_inverse.references import References
+from rtb_inverse.references import References, TemperedReferences
 from rtb_inverse.schedules import expand
 from rtb_inverse.second_look import local_move
 from rtb_inverse.second_look import shares as second_look_shares
@@ -50,9 +50,12 @@ class Posterior(Chain):
         width: of the perceptron, for priors without a network.
         second_look: evaluate a guided network twice at the steps where that pays (10 of the 20 of `priors/digits`); by default not in
             latents, where it has not paid.
+        references: draws of a network's prior, (M, *shape), or how many to draw now: they say which modes y allows before x_t does, in
+            roll-outs for M and some hundred draws more (`TemperedReferences`).
 
     Raises:
-        ValueError: prior and problem of different shapes; start="guided" where the operator does not allow it; a second look without.
+        ValueError: prior and problem of different shapes; start="guided" where the operator does not allow it; a second look or
+            references without.
     """
 
     guide: Guide | None
@@ -60,7 +63,7 @@ class Posterior(Chain):
 
     def __init__(
         self, prior: Prior, problem: InverseProblem, start: str | None = None, beta: float = 1.0, network: nn.Module | None = None,
-        lora_rank: int | None = None, width: int = 256, second_look: bool | None = None,
+        lora_rank: int | None = None, width: int = 256, second_look: bool | None = None, references: int | Tensor | None = None,
     ):  # fmt: skip
         if not isinstance(prior, Prior):
             raise TypeError(f"prior must be a Prior, got {type(prior).__name__}")
@@ -72,10 +75,10 @@ class Posterior(Chain):
         self.beta = check_positive("beta", beta)
         self.guide = self._guide() if prior.differentiable else None
         few = not prior.white or prior.shape.numel() <= REFERENCES_LIMIT or self.guide is None
-        references = prior.exact_reversal and self.amortised and few and not (self.guide is not None and self.guide.exact)
-        can_guide = self.guide is not None or references
+        cheap = prior.exact_reversal and self.amortised and few and not (self.guide is not None and self.guide.exact)
+        can_guide = self.guide is not None or cheap
         scarce = prior.white and not self.problem.whitens  # a class, say, which many z fit: references make training slower, not nearer
-        default = self.guide is not None or (references and not scarce)
+        default = self.guide is not None or (cheap and not scarce)
         self.start = check_choice("start", start or ("guided" if default else "prior"), ("guided", "prior"))
         if self.start == "guided" and not can_guide:
             needs = "a differentiable operator (and decode) and a noise model of rtb_inverse.noise, or a prior of exact draws"
@@ -97,12 +100,25 @@ class Posterior(Chain):
         if able and (not prior.decodes if second_look is None else second_look):
             w = second_look_shares(prior.schedule, ascending)
             self.local_gate, self.looks = nn.Parameter(w.to(**options)), w > 0
-        self.references = self._measured_references() if self.start == "guided" and references else None
+        self.draws: TemperedReferences | None = None
+        self.references = self._measured_references() if self.start == "guided" and cheap else None
         if self.start == "guided" and isinstance(self.guide, GradientGuidance) and self.references is None:
             self._learn(self.guide)
         if self.start == "guided" and self._input_gate is not None:
             with torch.no_grad():
                 self._input_gate.copy_(gaussian_error(prior, ascending).flatten(1)[:, 0])
+        if references is not None:
+            if not able:
+                raise ValueError(f"references need a guided start and the prior's own network, got start={self.start!r} here")
+            if not isinstance(references, Tensor):
+                generator, n = torch.Generator(self.gate.device).manual_seed(4), check_count("references", references, 2)
+                references = torch.cat([prior.sample(min(1024, n - i), generator) for i in range(0, n, 1024)])
+            self.hold_references(references).measure(prior, self.problem, self.beta, lambda *state: self.denoise(*state)[0])
+
+    def hold_references(self, x: Tensor) -> TemperedReferences:
+        """Take draws x (M, *shape) of the prior as references, whose shares are 0 until they are measured or loaded."""
+        self.draws = TemperedReferences(self.prior, x)
+        return self.draws
 
     def _guide(self) -> Guide | None:
         """The best that prior and problem allow."""
@@ -239,6 +255,8 @@ class Posterior(Chain):
             known = guide is not None and guide.per_observation and update.shrink is not None
             update = replace(update, delta=delta) if known else self.references.left(k, delta)
         estimate = x_0 + expand(self.gate[k], x_0) * update.delta
+        if self.draws is not None and (self.draws.share[k] > 0).any():
+            estimate = self.draws(x_t, t, k, self.beta * self.draws.log_likelihood(self.problem, y), estimate)
         clip = self.schedule.clip_sample
         return (estimate if clip is None else estimate.clamp(-clip, clip)), log_scale, update
 

@@ -8,6 +8,9 @@ likelihood. Where x_t is clean the set is too coarse, and the Gaussian update is
     x0hat + w_t (x_ref - x0hat),      w_t = <x_0 - x0hat, x_ref - x0hat> / |x_ref - x0hat|^2,
 
 measured on pairs (x_0, y) of the joint distribution, and so is what is left of the error.
+
+A network's prior has few draws, none of them near y. With p(y | x_i)^(beta b_t), tempered, they still say which modes y allows
+(`TemperedReferences`); b_t is measured too.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,8 +18,10 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from rtb_inverse.chains import Prior
+from rtb_inverse.chains import Prior, rollout
+from rtb_inverse.checks import check_tensor
 from rtb_inverse.guidance import Update
+from rtb_inverse.problems import GaussianNoise, InverseProblem
 
 SIZES = 2048, 32768  # fewest and most draws; 1,024 for each element of x between
 ELEMENTS = 2**22  # of all draws together, here or in data space
@@ -25,6 +30,7 @@ PAIRS = 512
 IDLE = 3  # cleaner steps in a row that gain nothing, after which no more are tried
 AT_ONCE = 2**21  # weights of draws at states: what fits into a processor's cache, twice as fast as 2**25
 NEGLIGIBLE = 20.0  # nats below y's best draw, from where a draw is left out: at most e^-20 M = 7e-5 of the posterior are lost
+TEMPERS = 0.003, 0.01, 0.02, 0.05, 0.1, 0.3, 1.0
 SHARED = 16  # states of a y from which those draws are gathered, else weighed with weight 0
 
 
@@ -148,3 +154,100 @@ class References(nn.Module):
         if self.basis is None:
             return Update(delta, self.shrink[k])
         return Update(delta, self.shrink[k], self.basis.to(delta), self.level[k])
+
+
+class TemperedReferences(nn.Module):
+    """Some draws of a prior whose draws cost time: at each of the K steps the estimate is moved by a share of the way to their mean under
+    tempered weights.
+
+    Args:
+        prior: theirs.
+        x: the draws, (M, *shape).
+
+    Attributes:
+        share, temper: w_t and b_t of the K steps, the last step first, (K,); 0 where the draws say nothing that the guide does not know.
+    """
+
+    x: Tensor
+    decoded: Tensor | None
+    clean: Tensor | None
+    share: Tensor
+    temper: Tensor
+
+    def __init__(self, prior: Prior, x: Tensor):
+        super().__init__()
+        options = prior._options()
+        self.schedule, self.event_dim = prior.schedule, len(prior.shape)
+        self.register_buffer("x", check_tensor("references", x, prior.shape).to(**options))
+        self.register_buffer("decoded", decoded(prior, self.x) if prior.decodes else None, persistent=False)
+        self.register_buffer("clean", None, persistent=False)
+        self.register_buffer("share", torch.zeros(prior.steps, **options))
+        self.register_buffer("temper", torch.zeros(prior.steps, **options))
+
+    def log_likelihood(self, problem: InverseProblem, y: Tensor) -> Tensor:
+        """log p(y | x_i) up to a term of y, (M, B). The operator is asked once, for all of them."""
+        x, own = self.x if self.decoded is None else self.decoded, type(problem).log_likelihood is not InverseProblem.log_likelihood
+        if not own and self.clean is None:
+            self.clean = torch.cat([problem(part) for part in x.split(DECODED)])
+        if not own and isinstance(problem.noise, GaussianNoise):
+            std = problem.noise.std.to(y)
+            clean, y = (self.clean / std).flatten(1), (y / std).flatten(1)
+            return clean @ y.T - 0.5 * clean.square().sum(1, keepdim=True)
+        parts = y.split(max(1, AT_ONCE // (len(x) * y[0].numel())))
+        if own:
+            found = torch.cat([problem.log_likelihood(x[:, None], part) for part in parts], 1)
+        else:
+            found = torch.cat([problem.noise.log_prob(self.clean[:, None], part, len(problem.y_shape)) for part in parts], 1)
+        return found.where(~found.isneginf().all(0), 0.0)
+
+    def mean(self, x_t: Tensor, t: Tensor, weight: Tensor) -> Tensor:
+        """sum_i w_i x_i, w_i ~ N(x_t; alpha_t x_i, sigma_t^2) exp(weight_i): x_t (P, *shape), t (P,), weight (P, M)."""
+        x, states = self.x.flatten(1), x_t.flatten(1)
+        alpha, sigma = (c.to(x_t)[:, None] for c in self.schedule.alpha_sigma(t))
+        scale = alpha / sigma**2
+        log_w = scale * states @ x.T - scale * alpha * (0.5 * x.square().sum(1)) + weight
+        return (log_w.softmax(1) @ x).reshape(x_t.shape)
+
+    def forward(self, x_t: Tensor, t: Tensor, k: Tensor, log_likelihood: Tensor, estimate: Tensor) -> Tensor:
+        """The estimate of x_0 (*batch, *shape), moved.
+
+        Args:
+            x_t: (*batch, *shape). t, k: times and steps, which broadcast to the batch. log_likelihood: beta log p(y | x_i), (M, B), B the
+                last axis of the batch.
+        """
+        batch, shape = x_t.shape[: x_t.ndim - self.event_dim], self.x.shape[1:]
+        t, k = (c.expand(batch).reshape(-1) for c in (t, k))
+        states, of_y, moved = x_t.reshape(-1, *shape), log_likelihood.T, estimate.reshape(-1, *shape)
+        parts = []
+        for part in torch.arange(len(states), device=k.device).split(max(1, AT_ONCE // len(self.x))):
+            reference = self.mean(states[part], t[part], self.temper[k[part], None] * of_y[part % len(of_y)])
+            share = self.share[k[part]].reshape(-1, *(1,) * self.event_dim)
+            parts.append(torch.lerp(moved[part], reference, share))
+        return torch.cat(parts).reshape(estimate.shape)
+
+    @torch.no_grad()
+    def measure(self, prior: Prior, problem: InverseProblem, beta: float, guided: Callable) -> "TemperedReferences":
+        """Set the shares and tempers, on other roll-outs of the prior and y simulated from their ends; returns itself.
+
+        Args:
+            guided: (x_t (1, P, *shape), t, y) to the estimate without references.
+        """
+        generator = torch.Generator(self.x.device).manual_seed(5)
+        paths = rollout(prior, PAIRS // 2, None, generator)
+        x_0 = paths.x_0[:, 0]
+        y = problem.simulate(prior.decode(x_0), generator)
+        log_lik, idle = beta * self.log_likelihood(problem, y).T, 0
+        for k, t in enumerate(prior.times[:-1]):
+            x_t, step = paths.x[k, :, 0], prior.steps - 1 - k
+            off = x_0 - guided(x_t[None], t, y)[0]
+            best = torch.zeros(())
+            for b in TEMPERS:
+                move = self.mean(x_t, t.expand(len(x_t)).to(x_t.device), b * log_lik) - (x_0 - off)
+                gain, square = ((u * move).flatten(1).sum(1) for u in (off, move))
+                worth = gain.mean() ** 2 / square.mean()
+                if gain.mean() > 3 * gain.std() / len(gain) ** 0.5 and worth > best:
+                    best, self.share[step], self.temper[step] = worth, (gain.sum() / square.sum()).clamp_max(1), b
+            idle = 0 if self.share[step] > 0 else idle + 1
+            if idle == IDLE:
+                break
+        return self

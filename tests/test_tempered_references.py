@@ -1,0 +1,132 @@
+"""References of a network's prior: their weights by hand, what they may change and what not, and that they help."""
+
+import pytest
+import torch
+
+import rtb_inverse.references
+from priors import DiffusersPrior
+from rtb_inverse import GaussianNoise, InverseProblem, PoissonNoise, Posterior, evaluate, path_log_prob, rollout, simulate_observations
+from rtb_inverse.references import TemperedReferences
+from tasks import SuperResolution
+
+KIND = "pixels"
+
+
+def sums(noise_std=0.5) -> InverseProblem:
+    return InverseProblem(lambda x: x.flatten(1)[:, ::2] + x.flatten(1)[:, 1::2], GaussianNoise(noise_std))
+
+
+def counts() -> InverseProblem:
+    return InverseProblem(lambda x: (x + 3).clamp_min(0.1).flatten(1), PoissonNoise(gain=2.0))
+
+
+@pytest.fixture
+def prior(make_prior):
+    return make_prior(KIND, steps=6)
+
+
+@pytest.fixture
+def posterior(prior):
+    """With shares and tempers of every kind."""
+    posterior = Posterior(prior, sums())
+    draws = posterior.hold_references(prior.sample(7, torch.Generator().manual_seed(3)))
+    draws.share.copy_(torch.tensor([0.0, 0.0, 0.2, 0.5, 0.0, 1.0]))
+    draws.temper.copy_(torch.tensor([0.0, 0.0, 1.0, 0.1, 0.0, 0.01]))
+    return posterior
+
+
+def by_hand(posterior, x_t, k, y, estimate):
+    """Of one state."""
+    draws, problem = posterior.draws, posterior.problem
+    alpha, sigma = (float(c) for c in posterior.schedule.alpha_sigma(posterior.times[posterior.steps - 1 - k]))
+    log_w = [-(x_t - alpha * x).square().sum() / (2 * sigma**2) + draws.temper[k] * problem.log_likelihood(x, y) for x in draws.x]
+    weights = torch.stack(log_w).softmax(0)
+    mean = sum(w * x for w, x in zip(weights, draws.x, strict=True))
+    return estimate + draws.share[k] * (mean - estimate)
+
+
+@pytest.mark.parametrize("at_once", [2**21, 20, 1])
+def test_each_state_is_moved_by_its_own_weights(posterior, at_once, generator, monkeypatch):
+    """Of any batch of draws, observations and steps, in parts of any size."""
+    monkeypatch.setattr(rtb_inverse.references, "AT_ONCE", at_once)
+    draws, shape = posterior.draws, posterior.shape
+    y = posterior.problem.simulate(draws.x[:2], generator)
+    x_t, estimate = torch.randn((2, 3, 2, *shape), generator=generator)
+    k = torch.tensor([[2], [5], [0]])
+    t = posterior.times.flip(0)[k + 1]
+    log_lik = draws.log_likelihood(posterior.problem, y)
+    found = draws(x_t, t, k, log_lik, estimate)
+    for n in range(3):
+        for b in range(2):
+            expected = by_hand(posterior, x_t[n, b], int(k[n]), y[b], estimate[n, b])
+            torch.testing.assert_close(found[n, b], expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(found[2], estimate[2])  # a share of 0
+
+
+@pytest.mark.parametrize("make", [sums, counts, lambda: InverseProblem(torch.eye(32)[:3], GaussianNoise(torch.tensor([0.1, 1.0, 3.0])))])
+def test_likelihoods_up_to_a_term_of_y(make, prior, generator):
+    problem = make().bind(prior.shape)
+    draws = TemperedReferences(prior, prior.sample(9, generator))
+    y = problem.simulate(draws.x[:4], generator)
+    off = draws.log_likelihood(problem, y) - problem.log_likelihood(draws.x[:, None], y)
+    torch.testing.assert_close(off, off[:1].expand_as(off), rtol=1e-3, atol=1e-2)
+
+
+def test_paths_are_scored_as_they_were_drawn(posterior, generator):
+    y = posterior.problem.simulate(posterior.draws.x[:2], generator)
+    paths = rollout(posterior, 5, y, generator)
+    with torch.no_grad():
+        for chunk_size in (None, 4):
+            torch.testing.assert_close(path_log_prob(posterior, paths, chunk_size), paths.log_prob, rtol=1e-3, atol=1e-2)
+    plain = Posterior(posterior.prior, posterior.problem)
+    assert not torch.allclose(*(rollout(p, 5, y, torch.Generator().manual_seed(0)).x_0 for p in (plain, posterior)))
+
+
+def test_saved_and_loaded(posterior, generator, tmp_path):
+    """Nothing is measured again."""
+    y = posterior.problem.simulate(posterior.draws.x[:2], generator)
+    posterior.save_pretrained(tmp_path)
+    loaded = Posterior.from_pretrained(tmp_path, problem=sums())
+    assert torch.equal(loaded.draws.share, posterior.draws.share) and torch.equal(loaded.draws.x, posterior.draws.x)
+    x = [p.sample(y, 3, torch.Generator().manual_seed(0)).x for p in (posterior, loaded)]
+    assert torch.equal(*x)
+
+
+def test_counts_and_tensors_of_references(prior):
+    """So many draws are those of a seed; measured twice, the same."""
+    first, second = (Posterior(prior, sums(), references=40) for _ in range(2))
+    third = Posterior(prior, sums(), references=first.draws.x)
+    for other in (second, third):
+        assert torch.equal(first.draws.x, other.draws.x) and torch.equal(first.draws.share, other.draws.share)
+    assert first.draws.x.shape == (40, *prior.shape) and ((first.draws.share >= 0) & (first.draws.share <= 1)).all()
+    assert Posterior(prior, sums()).draws is None
+
+
+@pytest.mark.slow
+def test_they_tighten_both_bounds_of_super_resolution(generator):
+    """Of 8x8 digits, untrained, 24 observations: paired |z| > 3 for both bounds together."""
+    prior = DiffusersPrior.from_pretrained("priors/digits")
+    problem = SuperResolution(prior.shape, 4, noise_std=0.1)
+    plain, helped = Posterior(prior, problem), Posterior(prior, problem, references=1024)
+    held = simulate_observations(plain, 24, generator)
+    reports = [evaluate(p, held, 16, torch.Generator().manual_seed(1)).numbers for p in (plain, helped)]
+    assert helped.draws.share[-1] > 0.5 and helped.draws.share[0] == 0
+    gap = [report["eubo"].value - report["elbo"].value for report in reports]
+    assert gap[1] < 0.8 * gap[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "error", "message"),
+    [
+        (KIND, {"references": 1}, ValueError, "references must be an integer of at least 2, got 1"),
+        (KIND, {"references": 8, "start": "prior"}, ValueError, "references need a guided start .*, got start='prior' here"),
+        ("mixture", {"references": 8}, ValueError, "references need a guided start and the prior's own network, got start='guided'"),
+        (KIND, {"references": torch.zeros(4, 3)}, ValueError, r"references must have shape \(B, .*, got \(4, 3\)"),
+        (KIND, {"references": torch.full((2, 2, 16), torch.nan)}, ValueError, "references must be finite"),
+    ],
+)  # fmt: skip
+def test_bad_references_get_one_clear_error(kind, options, error, message, make_prior):
+    prior = make_prior(kind, steps=3)
+    problem = sums() if kind == KIND else InverseProblem(torch.eye(3, dtype=torch.float64), GaussianNoise(0.5))
+    with pytest.raises(error, match=message):
+        Posterior(prior, problem, **options)
