@@ -8,8 +8,18 @@ from diffusers import UNet1DModel, UNet2DModel
 from torch import Tensor, nn
 
 from rtb_inverse.chains import Prior
-from rtb_inverse.checkpoints import ERROR_FILE, load_model, load_weights, read_json, resolve_folder, save_tensors, write_json
-from rtb_inverse.checks import check_tensor
+from rtb_inverse.checkpoints import (
+    DRAWS_FILE,
+    ERROR_FILE,
+    load_array,
+    load_model,
+    load_weights,
+    read_json,
+    resolve_folder,
+    save_tensors,
+    write_json,
+)  # fmt: skip
+from rtb_inverse.checks import check_count, check_tensor
 from rtb_inverse.denoiser_error import DenoiserError
 from rtb_inverse.schedules import Schedule, schedule_from_config
 
@@ -25,15 +35,17 @@ class DiffusersPrior(Prior):
         steps: K, the number of denoising steps of the chain.
         error: r_t^2 and C_t, how far x0hat is from x_0 on average. Without it the steps take the variance "small" and guidance
             supposes x_0 ~ N(0, I); `measure_error` finds it.
+        draws: some of the prior's own, (M, *shape), for `Posterior(references=True)`; `keep_draws` makes them.
         eta, variance, min_std: see `rtb_inverse.chains.Prior`.
     """
 
     network: UNet2DModel | UNet1DModel
     error: DenoiserError | None
+    draws: Tensor | None
 
     def __init__(
         self, network: nn.Module, schedule, steps: int = 20, *, error: DenoiserError | None = None, eta: float = 1.0,
-        variance: str = "analytic", min_std: float = 0.01,
+        variance: str = "analytic", min_std: float = 0.01, draws: Tensor | None = None,
     ):  # fmt: skip
         config: Any = network.config
         size, channels = config.sample_size, config.in_channels
@@ -44,6 +56,7 @@ class DiffusersPrior(Prior):
         super().__init__((channels, *size), schedule, steps, eta, variance, min_std)
         self.network = network.requires_grad_(False).eval()
         self.error = error
+        self.register_buffer("draws", None if draws is None else check_tensor("draws", draws.float(), self.shape), persistent=False)
 
     @classmethod
     def from_pretrained(
@@ -83,7 +96,8 @@ class DiffusersPrior(Prior):
         if tables and not {"times", "variance"} <= set(tables) <= {"times", "variance", "factor_times", "factor"}:
             raise ValueError(f"{folder / ERROR_FILE} must hold times and variance, perhaps factor_times and factor, got {sorted(tables)}")
         options = read_json(folder / "prior_config.json") if (folder / "prior_config.json").is_file() else {}
-        return {"network": network, "schedule": schedule, "error": DenoiserError(**tables) if tables else None, **options}
+        draws = load_array("draws", folder / DRAWS_FILE) if (folder / DRAWS_FILE).is_file() else None
+        return {"network": network, "schedule": schedule, "error": DenoiserError(**tables) if tables else None, "draws": draws, **options}
 
     def train(self, mode: bool = True) -> "DiffusersPrior":
         return super().train(False)
@@ -111,6 +125,12 @@ class DiffusersPrior(Prior):
         self.error = DenoiserError.measure(self.schedule, self.denoise, x, len(self.shape), knots, generator=generator)
         return self
 
+    def keep_draws(self, n: int, generator: torch.Generator | None = None) -> "DiffusersPrior":
+        """Draw n, and keep them in `draws`. Returns itself."""
+        sizes = [min(1024, check_count("n", n) - i) for i in range(0, n, 1024)]
+        self.draws = torch.cat([self.sample(size, generator) for size in sizes])
+        return self
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the prior as `from_pretrained` reads it: unet/, scheduler/, the recommended steps, the table of the denoiser's error."""
         folder = Path(folder)
@@ -119,3 +139,5 @@ class DiffusersPrior(Prior):
         write_json({"steps": self.steps, "eta": self.eta, "variance": self.variance, "min_std": self.min_std}, folder / "prior_config.json")
         if self.error is not None:
             save_tensors(self.error.tensors(), folder / ERROR_FILE)
+        if self.draws is not None:
+            save_tensors({"draws": self.draws.half()}, folder / DRAWS_FILE)

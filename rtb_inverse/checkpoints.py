@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 ERROR_FILE = "denoiser_error.safetensors"
+DRAWS_FILE = "draws.safetensors"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 

@@ -50,8 +50,8 @@ class Posterior(Chain):
         width: of the perceptron, for priors without a network.
         second_look: evaluate a guided network twice at the steps where that pays (10 of the 20 of `priors/digits`); by default not in
             latents, where it has not paid.
-        references: draws of a network's prior, (M, *shape), or how many to draw now: they say which modes y allows before x_t does, in
-            roll-outs for M and some hundred draws more (`TemperedReferences`).
+        references: True for the `draws` that a network's prior keeps, or others (M, *shape), or how many to draw now: they say which
+            modes y allows before x_t does (`TemperedReferences`; to measure by how much takes 256 draws).
 
     Raises:
         ValueError: prior and problem of different shapes; start="guided" where the operator does not allow it; a second look or
@@ -63,7 +63,7 @@ class Posterior(Chain):
 
     def __init__(
         self, prior: Prior, problem: InverseProblem, start: str | None = None, beta: float = 1.0, network: nn.Module | None = None,
-        lora_rank: int | None = None, width: int = 256, second_look: bool | None = None, references: int | Tensor | None = None,
+        lora_rank: int | None = None, width: int = 256, second_look: bool | None = None, references: bool | int | Tensor | None = None,
     ):  # fmt: skip
         if not isinstance(prior, Prior):
             raise TypeError(f"prior must be a Prior, got {type(prior).__name__}")
@@ -107,9 +107,13 @@ class Posterior(Chain):
         if self.start == "guided" and self._input_gate is not None:
             with torch.no_grad():
                 self._input_gate.copy_(gaussian_error(prior, ascending).flatten(1)[:, 0])
-        if references is not None:
+        if references is not None and references is not False:
             if not able:
                 raise ValueError(f"references need a guided start and the prior's own network, got start={self.start!r} here")
+            if references is True:
+                references = getattr(prior, "draws", None)
+                if references is None:
+                    raise ValueError("references=True needs a prior that keeps draws, got one without: prior.keep_draws(4096) makes them")
             if not isinstance(references, Tensor):
                 generator, n = torch.Generator(self.gate.device).manual_seed(4), check_count("references", references, 2)
                 references = torch.cat([prior.sample(min(1024, n - i), generator) for i in range(0, n, 1024)])

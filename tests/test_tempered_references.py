@@ -130,3 +130,23 @@ def test_bad_references_get_one_clear_error(kind, options, error, message, make_
     problem = sums() if kind == KIND else InverseProblem(torch.eye(3, dtype=torch.float64), GaussianNoise(0.5))
     with pytest.raises(error, match=message):
         Posterior(prior, problem, **options)
+
+
+def test_a_prior_keeps_draws_and_ships_them(prior, tmp_path):
+    """In half precision; without any, asking for them is an error, and a damaged file is one too."""
+    with pytest.raises(ValueError, match=r"references=True needs a prior that keeps draws, got one without: prior.keep_draws\(4096\)"):
+        Posterior(prior, sums(), references=True)
+    x = prior.keep_draws(20, torch.Generator().manual_seed(1)).draws
+    assert torch.equal(Posterior(prior, sums(), references=True).draws.x, x) and Posterior(prior, sums(), references=False).draws is None
+    prior.save_pretrained(tmp_path)
+    loaded = DiffusersPrior.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded.draws, x, rtol=1e-3, atol=1e-3)
+    (tmp_path / "draws.safetensors").write_bytes(b"no")
+    with pytest.raises(ValueError, match=r"draws\.safetensors"):
+        DiffusersPrior.from_pretrained(tmp_path)
+
+
+def test_the_shipped_draws():
+    prior = DiffusersPrior.from_pretrained("priors/digits")
+    assert prior.draws.shape == (4096, 1, 8, 8) and float(prior.draws.abs().max()) < 2
+    assert len(prior.draws.unique(dim=0)) == 4096
