@@ -8,7 +8,7 @@ import torch
 
 from priors import GaussianMixturePrior
 from rtb_inverse import training
-from rtb_inverse.chains import Trajectory, noised_bridges, path_log_prob, rollout
+from rtb_inverse.chains import Trajectory, noised_bridges, path_log_prob, random_steps, rollout
 from rtb_inverse.distributions import GaussianStep
 from rtb_inverse.objectives import half_square, rtb, vargrad, wake_sleep
 from rtb_inverse.posterior import Posterior
@@ -18,6 +18,11 @@ from tasks import Inpainting
 
 N, B = 3, 2
 EVEN = torch.ones(4)  # shares of the steps
+
+
+def noised(prior, x_0, generator):
+    """At levels drawn evenly."""
+    return noised_bridges(prior, x_0, random_steps(EVEN, len(x_0), generator), generator)
 
 
 def perturb(posterior: Posterior, seed: int = 0, size: float = 0.1) -> Posterior:
@@ -314,7 +319,7 @@ def test_denoising_loss_is_the_mean_over_drawn_paths(start, generator, monkeypat
         for _ in range(50):
             index = torch.randint(4, (1000,), generator=generator)
             with torch.no_grad():
-                batches.append(denoising_loss(posterior, noised_bridges(posterior.prior, x_0[index], generator, EVEN), y[index]))
+                batches.append(denoising_loss(posterior, noised(posterior.prior, x_0[index], generator), y[index]))
         return torch.stack(batches)
 
     def z(values):
@@ -331,7 +336,7 @@ def test_denoising_loss_is_the_mean_over_drawn_paths(start, generator, monkeypat
 def test_denoising_gradient_reaches_every_parameter_of_the_chain(generator):
     posterior = mixture_posterior(4)
     x_0 = posterior.prior.sample(64, generator)
-    denoising_loss(posterior, noised_bridges(posterior.prior, x_0, generator, EVEN), posterior.problem.simulate(x_0, generator)).backward()
+    denoising_loss(posterior, noised(posterior.prior, x_0, generator), posterior.problem.simulate(x_0, generator)).backward()
     taken = gradients(posterior)
     trained = {id(p) for p in posterior.trainable()}
     assert {id(p) for n, p in posterior.named_parameters() if n in taken} == trained
@@ -340,7 +345,7 @@ def test_denoising_gradient_reaches_every_parameter_of_the_chain(generator):
 
 def test_denoising_without_an_observation(generator):
     posterior = perturb(Posterior(mixture(4), Reward(lambda x: -x.square().sum(-1)), width=16))
-    loss = denoising_loss(posterior, noised_bridges(mixture(4), mixture(4).sample(32, generator), generator, EVEN), None)
+    loss = denoising_loss(posterior, noised(mixture(4), mixture(4).sample(32, generator), generator), None)
     loss.backward()
     assert loss.ndim == 0
     assert bool(torch.isfinite(loss))
@@ -375,7 +380,7 @@ def test_step_weights_even_out_the_gradient_noise(generator):
 def test_weights_multiply_the_loss_of_their_step(generator):
     posterior = mixture_posterior(4)
     x_0 = posterior.prior.sample(64, generator)
-    y, bridges = posterior.problem.simulate(x_0, generator), noised_bridges(posterior.prior, x_0, generator, EVEN)
+    y, bridges = posterior.problem.simulate(x_0, generator), noised(posterior.prior, x_0, generator)
     weights = torch.tensor([1.0, 2.0, 0.5, 0.5])
     for k in range(4):
         bridges.k = torch.full((64,), k)
