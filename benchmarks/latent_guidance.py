@@ -57,8 +57,7 @@ def main() -> None:
         x = prior.decode(prior.sample(o.observations + 3, generator))
         y = problem.simulate(x, generator)
         (others, x), (theirs, y) = x.split([3, o.observations]), y.split([3, o.observations])
-        posterior, plain, rivals = Posterior(prior, problem), Posterior(prior, problem), {}
-        plain.guide = GradientGuidance(problem, 1, decode=prior.decode, event_dim=len(prior.shape))
+        rivals, ours = {}, {}
         for name, method, grid in (
             ("latent DPS", dps, [{"zeta": zeta} for zeta in ZETAS]),
             ("PSLD", psld, [{"zeta": zeta, "gamma": gamma} for zeta in ZETAS for gamma in GAMMAS]),
@@ -68,12 +67,15 @@ def main() -> None:
             rivals[f"{name}, {prior.steps} steps, {label}"] = partial(method, prior, problem, **best)
         print(f"\n#### {title}\n\nLog-likelihood of the truth {Estimate.of(problem.log_likelihood(x, y))}.\n")
         print("| | log-likelihood | ELBO | log Z | PSNR | CRPS | chi² | coverage | CPU s |\n|---|---|---|---|---|---|---|---|---|")
-        ours = {
-            "ours, Gauss-Newton": partial(importance, posterior),
-            "ours, one gradient step": partial(importance, plain),
-            "ours, SMC": partial(smc, posterior),
-        }
-        for name, sample in ((ours if o.ours else {}) | rivals).items():
+        if o.ours:
+            posterior, plain = Posterior(prior, problem), Posterior(prior, problem)
+            plain.guide = GradientGuidance(problem, 1, decode=prior.decode, event_dim=len(prior.shape))
+            ours = {
+                "ours, Gauss-Newton": partial(importance, posterior),
+                "ours, one gradient step": partial(importance, plain),
+                "ours, SMC": partial(smc, posterior),
+            }
+        for name, sample in (ours | rivals).items():
             start, draws = time.process_time(), sample(y, n, Generator().manual_seed(1))
             print(row(name, problem, draws, y, x, time.process_time() - start), flush=True)
 
