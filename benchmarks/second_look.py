@@ -31,11 +31,10 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     prior = (LatentPrior if "latent" in args.prior else DiffusersPrior).from_pretrained(args.prior)
-    generator = Generator().manual_seed(4)
-    parts = [prior.sample(min(1024, args.references - i), generator) for i in range(0, args.references, 1024)]
     ways = {"one": {"second_look": False}, "two": {"second_look": True}}
-    if parts:
-        ways = {"two": ways["two"], "two, references": {"second_look": True, "references": torch.cat(parts)}}
+    if args.references:
+        prior.keep_draws(args.references, Generator().manual_seed(4))
+        ways = {"two": ways["two"], "two, references": {"second_look": True, "references": True}}
     print(f"90 % intervals of {args.draws} draws cover {interval_level(args.draws, 0.9):.3f}.\n")
     print(f"| problem (log-likelihood of the truth) | looks | evaluations | {' | '.join(COLUMNS)} | draws per second |")
     print("|---" * (len(COLUMNS) + 4) + "|")

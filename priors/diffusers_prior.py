@@ -56,7 +56,7 @@ class DiffusersPrior(Prior):
         super().__init__((channels, *size), schedule, steps, eta, variance, min_std)
         self.network = network.requires_grad_(False).eval()
         self.error = error
-        self.register_buffer("draws", None if draws is None else check_tensor("draws", draws.float(), self.shape), persistent=False)
+        self.register_buffer("draws", None if draws is None else check_tensor("draws", draws, self.shape).float(), persistent=False)
 
     @classmethod
     def from_pretrained(
@@ -127,8 +127,8 @@ class DiffusersPrior(Prior):
 
     def keep_draws(self, n: int, generator: torch.Generator | None = None) -> "DiffusersPrior":
         """Draw n, and keep them in `draws`. Returns itself."""
-        sizes = [min(1024, check_count("n", n) - i) for i in range(0, n, 1024)]
-        self.draws = torch.cat([self.sample(size, generator) for size in sizes])
+        check_count("n", n)
+        self.draws = torch.cat([self.sample(min(1024, n - i), generator) for i in range(0, n, 1024)])
         return self
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -16,7 +16,7 @@ from rtb_inverse.networks import ConditionalUNet, LogZ, ResidualMLP, gaussian_er
 from rtb_inverse.noise_range import NoiseRange
 from rtb_inverse.particles import Particles
 from rtb_inverse.problems import InverseProblem, Reward
-from rtb_inverse.references import References, TemperedReferences
+from rtb_inverse.references import Draws, References, TemperedReferences
 from rtb_inverse.schedules import expand
 from rtb_inverse.second_look import local_move
 from rtb_inverse.second_look import shares as second_look_shares
@@ -24,7 +24,6 @@ from rtb_inverse.second_look import shares as second_look_shares
 WAVES_LIMIT = 128  # elements of an x whose Fourier features a perceptron sees
 REFERENCES_LIMIT = 64  # elements of a generator's z, from where none of its draws is near what a guide finds
 PAIRS = 16  # simulated ones, on which a guide learns what y tells
-LIKELIHOOD_CHUNK = 2**24  # elements of y that the references are compared with at once
 
 
 class Posterior(Chain):
@@ -50,8 +49,8 @@ class Posterior(Chain):
         width: of the perceptron, for priors without a network.
         second_look: evaluate a guided network twice at the steps where that pays (10 of the 20 of `priors/digits`); by default not in
             latents, where it has not paid.
-        references: True for the `draws` that a network's prior keeps, or others (M, *shape), or how many to draw now: they say which
-            modes y allows before x_t does (`TemperedReferences`; to measure by how much takes 256 draws).
+        references: True for the `draws` that a network's prior keeps, or others (M, *shape): they say which modes y allows before x_t
+            does (`TemperedReferences`, held as `draws`; to measure by how much takes 256 draws more).
 
     Raises:
         ValueError: prior and problem of different shapes; start="guided" where the operator does not allow it; a second look or
@@ -63,7 +62,7 @@ class Posterior(Chain):
 
     def __init__(
         self, prior: Prior, problem: InverseProblem, start: str | None = None, beta: float = 1.0, network: nn.Module | None = None,
-        lora_rank: int | None = None, width: int = 256, second_look: bool | None = None, references: bool | int | Tensor | None = None,
+        lora_rank: int | None = None, width: int = 256, second_look: bool | None = None, references: bool | Tensor = False,
     ):  # fmt: skip
         if not isinstance(prior, Prior):
             raise TypeError(f"prior must be a Prior, got {type(prior).__name__}")
@@ -107,17 +106,13 @@ class Posterior(Chain):
         if self.start == "guided" and self._input_gate is not None:
             with torch.no_grad():
                 self._input_gate.copy_(gaussian_error(prior, ascending).flatten(1)[:, 0])
-        if references is not None and references is not False:
+        if references is not False:
             if not able:
                 raise ValueError(f"references need a guided start and the prior's own network, got start={self.start!r} here")
-            if references is True:
-                references = getattr(prior, "draws", None)
-                if references is None:
-                    raise ValueError("references=True needs a prior that keeps draws, got one without: prior.keep_draws(4096) makes them")
-            if not isinstance(references, Tensor):
-                generator, n = torch.Generator(self.gate.device).manual_seed(4), check_count("references", references, 2)
-                references = torch.cat([prior.sample(min(1024, n - i), generator) for i in range(0, n, 1024)])
-            self.hold_references(references).measure(prior, self.problem, self.beta, lambda *state: self.denoise(*state)[0])
+            kept = getattr(prior, "draws", None) if references is True else references
+            if kept is None:
+                raise ValueError("references=True needs a prior that keeps draws, got one without: prior.keep_draws(4096) makes them")
+            self.hold_references(kept).measure(prior, self.problem, self.beta, lambda *state: self.denoise(*state)[0])
 
     def hold_references(self, x: Tensor) -> TemperedReferences:
         """Take draws x (M, *shape) of the prior as references, whose shares are 0 until they are measured or loaded."""
@@ -179,16 +174,8 @@ class Posterior(Chain):
         references = References(self.prior, getattr(self.guide, "basis", None))
         return references.measure(self.prior, guided, simulate, lambda y: self._likelihood_of(references, y))
 
-    def _likelihood_of(self, references: References, y: Tensor) -> Tensor:
-        """(M, B), a few observations at a time; the operator is asked once."""
-        problem, at_once = self.problem, max(1, LIKELIHOOD_CHUNK // (len(references.x) * max(1, self.problem.y_shape.numel())))
-        if type(problem).log_likelihood is InverseProblem.log_likelihood:
-            if references.clean is None:
-                references.clean = problem(references.data)
-            parts = [problem.noise.log_prob(references.clean[:, None], part, len(problem.y_shape)) for part in y.split(at_once)]
-        else:
-            parts = [problem.log_likelihood(references.data[:, None], part) for part in y.split(at_once)]
-        return self.beta * torch.cat(parts, 1)
+    def _likelihood_of(self, draws: Draws, y: Tensor) -> Tensor:
+        return self.beta * draws.log_likelihood(self.problem, y)
 
     def train(self, mode: bool = True) -> "Posterior":
         return super().train(False)  # a density must not depend on dropout
@@ -260,7 +247,7 @@ class Posterior(Chain):
             update = replace(update, delta=delta) if known else self.references.left(k, delta)
         estimate = x_0 + expand(self.gate[k], x_0) * update.delta
         if self.draws is not None and (self.draws.share[k] > 0).any():
-            estimate = self.draws(x_t, t, k, self.beta * self.draws.log_likelihood(self.problem, y), estimate)
+            estimate = self.draws(x_t, t, k, self._likelihood_of(self.draws, y), estimate)
         clip = self.schedule.clip_sample
         return (estimate if clip is None else estimate.clamp(-clip, clip)), log_scale, update
 

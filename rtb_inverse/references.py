@@ -28,9 +28,10 @@ ELEMENTS = 2**22  # of all draws together, here or in data space
 DECODED = 256  # draws that are decoded at once
 PAIRS = 512
 IDLE = 3  # cleaner steps in a row that gain nothing, after which no more are tried
+LIKELIHOODS = 2**24  # elements of a y that the draws are compared with at once
 AT_ONCE = 2**21  # weights of draws at states: what fits into a processor's cache, twice as fast as 2**25
 NEGLIGIBLE = 20.0  # nats below y's best draw, from where a draw is left out: at most e^-20 M = 7e-5 of the posterior are lost
-TEMPERS = 0.003, 0.01, 0.02, 0.05, 0.1, 0.3, 1.0
+TEMPERS = 0.003, 0.01, 0.02, 0.05, 0.1, 0.3, 1.0  # tried at each step
 SHARED = 16  # states of a y from which those draws are gathered, else weighed with weight 0
 
 
@@ -40,7 +41,45 @@ def decoded(prior: Prior, x: Tensor) -> Tensor:
     return torch.cat([prior.decode(part) for part in x.split(DECODED)])
 
 
-class References(nn.Module):
+class Draws(nn.Module):
+    """Draws x (M, *shape) of a prior, decoded, and what an operator makes of them, once it has been asked."""
+
+    x: Tensor
+    decoded: Tensor | None
+    clean: Tensor | None
+
+    def __init__(self, prior: Prior, x: Tensor):
+        super().__init__()
+        self.schedule, self.shape = prior.schedule, prior.shape
+        self.register_buffer("x", x)
+        self.register_buffer("decoded", decoded(prior, x) if prior.decodes else None, persistent=False)
+        self.register_buffer("clean", None, persistent=False)
+
+    @property
+    def data(self) -> Tensor:
+        return self.x if self.decoded is None else self.decoded
+
+    def seen(self, problem: InverseProblem) -> Tensor:
+        """A(x_i), (M, *y_shape)."""
+        if self.clean is None:
+            self.clean = problem(self.data)
+        return self.clean
+
+    @staticmethod
+    def asks_once(problem: InverseProblem) -> bool:
+        """Whether the likelihood is that of A(x), whatever y."""
+        return type(problem).log_likelihood is InverseProblem.log_likelihood
+
+    def log_likelihood(self, problem: InverseProblem, y: Tensor) -> Tensor:
+        """log p(y | x_i), (M, B), a few observations at a time."""
+        parts = y.split(max(1, LIKELIHOODS // (len(self.x) * max(1, y[0].numel()))))
+        if self.asks_once(problem):
+            clean = self.seen(problem)[:, None]
+            return torch.cat([problem.noise.log_prob(clean, part, len(problem.y_shape)) for part in parts], 1)
+        return torch.cat([problem.log_likelihood(self.data[:, None], part) for part in parts], 1)
+
+
+class References(Draws):
     """
     Args:
         prior: exact draws of it are cheap.
@@ -48,36 +87,24 @@ class References(nn.Module):
         size: how many draws, M; by default more for larger x.
 
     Attributes:
-        x: the draws, (M, *shape); data: in data space; clean: what an operator made of them, for its owner to keep.
         share: w_t of the K steps, the last step first, (K,).
         shrink, level: what is left of the variance there (`guidance.Update`).
     """
 
-    x: Tensor
-    decoded: Tensor | None
-    clean: Tensor | None
     share: Tensor
     shrink: Tensor
     level: Tensor
     basis: Tensor | None
 
     def __init__(self, prior: Prior, basis: Tensor | None = None, size: int | None = None):
-        super().__init__()
         d = prior.shape.numel()
         size = min(max(1024 * d, SIZES[0]), SIZES[1], max(1, ELEMENTS // max(d, prior.data_shape.numel()))) if size is None else size
-        self.schedule, self.shape = prior.schedule, prior.shape
         K, options = prior.steps, prior._options()
-        self.register_buffer("x", prior.sample(size, torch.Generator(options["device"]).manual_seed(0)))
-        self.register_buffer("decoded", decoded(prior, self.x) if prior.decodes else None, persistent=False)
-        self.register_buffer("clean", None, persistent=False)
+        super().__init__(prior, prior.sample(size, torch.Generator(options["device"]).manual_seed(0)))
         self.register_buffer("basis", basis, persistent=False)
         self.register_buffer("share", torch.zeros(K, **options))
         self.register_buffer("level", torch.zeros(K, dtype=torch.float64, device=options["device"]))
         self.register_buffer("shrink", torch.zeros((K, *((basis.shape[1],) if basis is not None else prior.shape))).to(self.level))
-
-    @property
-    def data(self) -> Tensor:
-        return self.x if self.decoded is None else self.decoded
 
     @property
     def chunk(self) -> int:
@@ -156,7 +183,7 @@ class References(nn.Module):
         return Update(delta, self.shrink[k], self.basis.to(delta), self.level[k])
 
 
-class TemperedReferences(nn.Module):
+class TemperedReferences(Draws):
     """Some draws of a prior whose draws cost time: at each of the K steps the estimate is moved by a share of the way to their mean under
     tempered weights.
 
@@ -168,37 +195,23 @@ class TemperedReferences(nn.Module):
         share, temper: w_t and b_t of the K steps, the last step first, (K,); 0 where the draws say nothing that the guide does not know.
     """
 
-    x: Tensor
-    decoded: Tensor | None
-    clean: Tensor | None
     share: Tensor
     temper: Tensor
 
     def __init__(self, prior: Prior, x: Tensor):
-        super().__init__()
         options = prior._options()
-        self.schedule, self.event_dim = prior.schedule, len(prior.shape)
-        self.register_buffer("x", check_tensor("references", x, prior.shape).to(**options))
-        self.register_buffer("decoded", decoded(prior, self.x) if prior.decodes else None, persistent=False)
-        self.register_buffer("clean", None, persistent=False)
+        super().__init__(prior, check_tensor("references", x, prior.shape).to(**options))
         self.register_buffer("share", torch.zeros(prior.steps, **options))
         self.register_buffer("temper", torch.zeros(prior.steps, **options))
 
-    def log_likelihood(self, problem: InverseProblem, y: Tensor) -> Tensor:
-        """log p(y | x_i) up to a term of y, (M, B). The operator is asked once, for all of them."""
-        x, own = self.x if self.decoded is None else self.decoded, type(problem).log_likelihood is not InverseProblem.log_likelihood
-        if not own and self.clean is None:
-            self.clean = torch.cat([problem(part) for part in x.split(DECODED)])
-        if not own and isinstance(problem.noise, GaussianNoise):
-            std = problem.noise.std.to(y)
-            clean, y = (self.clean / std).flatten(1), (y / std).flatten(1)
-            return clean @ y.T - 0.5 * clean.square().sum(1, keepdim=True)
-        parts = y.split(max(1, AT_ONCE // (len(x) * y[0].numel())))
-        if own:
-            found = torch.cat([problem.log_likelihood(x[:, None], part) for part in parts], 1)
-        else:
-            found = torch.cat([problem.noise.log_prob(self.clean[:, None], part, len(problem.y_shape)) for part in parts], 1)
-        return found.where(~found.isneginf().all(0), 0.0)
+    def log_likelihood(self, problem, y):
+        """Up to a term of y; of Gaussian noise by a product of matrices."""
+        if not isinstance(problem.noise, GaussianNoise) or not self.asks_once(problem):
+            found = super().log_likelihood(problem, y)
+            return found.where(~found.isneginf().all(0), 0.0)
+        std = problem.noise.std.to(y)
+        clean, y = (self.seen(problem) / std).flatten(1), (y / std).flatten(1)
+        return clean @ y.T - 0.5 * clean.square().sum(1, keepdim=True)
 
     def mean(self, x_t: Tensor, t: Tensor, weight: Tensor) -> Tensor:
         """sum_i w_i x_i, w_i ~ N(x_t; alpha_t x_i, sigma_t^2) exp(weight_i): x_t (P, *shape), t (P,), weight (P, M)."""
@@ -215,13 +228,13 @@ class TemperedReferences(nn.Module):
             x_t: (*batch, *shape). t, k: times and steps, which broadcast to the batch. log_likelihood: beta log p(y | x_i), (M, B), B the
                 last axis of the batch.
         """
-        batch, shape = x_t.shape[: x_t.ndim - self.event_dim], self.x.shape[1:]
+        batch = x_t.shape[: x_t.ndim - len(self.shape)]
         t, k = (c.expand(batch).reshape(-1) for c in (t, k))
-        states, of_y, moved = x_t.reshape(-1, *shape), log_likelihood.T, estimate.reshape(-1, *shape)
+        states, of_y, moved = x_t.reshape(-1, *self.shape), log_likelihood.T, estimate.reshape(-1, *self.shape)
         parts = []
         for part in torch.arange(len(states), device=k.device).split(max(1, AT_ONCE // len(self.x))):
             reference = self.mean(states[part], t[part], self.temper[k[part], None] * of_y[part % len(of_y)])
-            share = self.share[k[part]].reshape(-1, *(1,) * self.event_dim)
+            share = self.share[k[part]].reshape(-1, *(1,) * len(self.shape))
             parts.append(torch.lerp(moved[part], reference, share))
         return torch.cat(parts).reshape(estimate.shape)
 

@@ -2,13 +2,17 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from itertools import pairwise
 
 import torch
 from torch import Generator, Tensor
+from tqdm.auto import tqdm
 
 from rtb_inverse.chains import Prior
-from rtb_inverse.checks import check_count
+from rtb_inverse.checks import check_count, check_finite
+from rtb_inverse.corrections import own_step
 from rtb_inverse.diagnostics import crps
+from rtb_inverse.distributions import draw
 from rtb_inverse.particles import Particles
 from rtb_inverse.problems import InverseProblem
 
@@ -57,6 +61,24 @@ def estimate_and_gradient(
         parts.append((x_0.detach(), value.detach(), torch.autograd.grad(value.sum(), part)[0]))
     x_0, value, gradient = (torch.cat(column) for column in zip(*parts, strict=True))
     return x_0, value, gradient
+
+
+def descend(
+    prior: Prior, n: int, b: int, move: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], name: str, generator: Generator | None,
+    progress: bool,
+) -> Particles:  # fmt: skip
+    """The prior's chain, each of its steps followed by a move: n draws for each of b observations.
+
+    Args:
+        move: (x_t (N, B, *shape), t) to the prior's estimate of x_0 and the move of x_s. name: of the method, where it diverges.
+    """
+    x = draw(prior.initial((n, b)), generator)
+    for t, s in tqdm(pairwise(prior.times), "denoising", total=prior.steps, disable=not progress, leave=False):
+        estimate, delta = move(x, t)
+        step = own_step(prior, x, t, s, prior.gaussian_step(x, estimate, t, s))
+        x = check_finite(f"states of {name}", draw(step, generator) + delta)
+    x = prior.decode(x)
+    return Particles(x, x.new_zeros(x.shape[:2]))
 
 
 def tuned(

@@ -12,17 +12,14 @@ The draws are a fast guess, not the posterior: p(y | x_t) is replaced by p(y | x
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
+from functools import partial
 
 import torch
 from torch import Generator, Tensor
-from tqdm.auto import tqdm
 
-from rtb_inverse.baselines.common import check_differentiable, estimate_and_gradient, prepare, tuned
+from rtb_inverse.baselines.common import check_differentiable, descend, estimate_and_gradient, prepare, tuned
 from rtb_inverse.chains import Prior
-from rtb_inverse.checks import check_count, check_finite, check_positive
-from rtb_inverse.corrections import own_step
-from rtb_inverse.distributions import draw
+from rtb_inverse.checks import check_count, check_positive
 from rtb_inverse.particles import Particles
 from rtb_inverse.problems import GaussianNoise, InverseProblem
 from rtb_inverse.schedules import expand
@@ -54,13 +51,9 @@ def dps(
     check_count("n", n), check_positive("zeta", zeta)
     y = prepare(prior, problem, y)
     check_differentiable("dps", problem, prior)
-    x = draw(prior.initial((n, 1 if y is None else len(y))), generator)
-    for t, s in tqdm(pairwise(prior.times), "denoising", total=prior.steps, disable=not progress, leave=False):
-        estimate, move = residual_step(prior, problem, x, t, y, zeta, batch_size)
-        step = own_step(prior, x, t, s, prior.gaussian_step(x, estimate, t, s))
-        x = check_finite(f"states of dps at zeta = {zeta}", draw(step, generator) + move)
-    x = prior.decode(x)
-    return Particles(x, x.new_zeros(x.shape[:2]))
+    b = 1 if y is None else len(y)
+    move = partial(residual_step, prior, problem, y=y, zeta=zeta, batch_size=batch_size)
+    return descend(prior, n, b, move, f"dps at zeta = {zeta}", generator, progress)
 
 
 def residual_step(

@@ -12,17 +12,12 @@ A^+ r is one step of steepest descent down |r - A v|^2 from v = 0, which is the 
 The draws are a fast guess, not the posterior, as those of DPS are. They carry no weights.
 """
 
-from itertools import pairwise
-
 import torch
 from torch import Generator, Tensor
-from tqdm.auto import tqdm
 
-from rtb_inverse.baselines.common import check_differentiable, estimate_and_gradient, prepare
+from rtb_inverse.baselines.common import check_differentiable, descend, estimate_and_gradient, prepare
 from rtb_inverse.chains import Prior
-from rtb_inverse.checks import check_count, check_finite, check_positive
-from rtb_inverse.corrections import own_step
-from rtb_inverse.distributions import draw
+from rtb_inverse.checks import check_count, check_positive
 from rtb_inverse.particles import Particles
 from rtb_inverse.problems import GaussianNoise, InverseProblem
 
@@ -63,13 +58,11 @@ def psld(
         glued = prior.encode(x_0 + pull_back(problem, x_0, residual))
         return 2 * zeta * norm(residual, problem.y_shape) + gamma * norm(z_0 - glued, prior.shape)
 
-    z = draw(prior.initial((n, len(y))), generator)
-    for t, s in tqdm(pairwise(prior.times), "denoising", total=prior.steps, disable=not progress, leave=False):
-        estimate, _, slope = estimate_and_gradient(prior, z, t, distance, batch_size)
-        step = own_step(prior, z, t, s, prior.gaussian_step(z, estimate, t, s))
-        z = check_finite(f"states of psld at zeta = {zeta}, gamma = {gamma}", draw(step, generator) - slope)
-    x = prior.decode(z)
-    return Particles(x, x.new_zeros(x.shape[:2]))
+    def move(z_t, t):
+        estimate, _, slope = estimate_and_gradient(prior, z_t, t, distance, batch_size)
+        return estimate, -slope
+
+    return descend(prior, n, len(y), move, f"psld at zeta = {zeta}, gamma = {gamma}", generator, progress)
 
 
 def norm(v: Tensor, shape: torch.Size) -> Tensor:
