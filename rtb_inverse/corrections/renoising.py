@@ -35,8 +35,8 @@ def renoise_mcmc(
         re-denoise  x_{k-1} .. x_0 anew from x_k by the posterior; accepted by p p(y | x_0)^beta over q
 
     The first two are always accepted where the prior's chain is the exact reversal. The level is drawn for all chains of a sweep at once,
-    evenly up to a highest one: K, unless `burn_in` sweeps adapt it. A sweep costs candidates + 1 times
-    the network evaluations of a draw from level k.
+    evenly up to a highest one: K, unless `burn_in` sweeps adapt it. A sweep costs candidates + 1 times the network evaluations of a draw
+    from level k.
 
     Args:
         posterior: proposal and target.
