@@ -165,7 +165,7 @@ def load_posterior(cls, folder: Path, prior=None, problem=None, **options):
         held = {name.removeprefix("problem."): value for name, value in weights.items() if name.startswith("problem.")}
         problem = own_class(config["problem"]["class_path"]).from_config(config["problem"]["config"], held)
     own = {name: config[name] for name in ("start", "beta", "lora_rank", "width")}
-    posterior = cls(prior, problem, second_look=config.get("second_look", False), **own, **options)
+    posterior = cls(prior, problem, second_look=config.get("second_look", False), references=False, **own, **options)
     if "draws.x" in weights:
         posterior.hold_references(weights["draws.x"])  # the shares are among the weights
     load_posterior_weights(posterior, weights, folder / WEIGHTS)

@@ -11,12 +11,13 @@ from rtb_inverse import checkpoints
 from rtb_inverse.chains import Chain, Prior, rollout
 from rtb_inverse.checks import check_choice, check_count, check_positive
 from rtb_inverse.guidance import COVARIANCE_LIMIT, DENSE_LIMIT, GradientGuidance, Guide, Update, covariance_guidance, guidance
+from rtb_inverse.kept_draws import KeptDraws
 from rtb_inverse.laplace import laplace_guidance
 from rtb_inverse.networks import ConditionalUNet, LogZ, ResidualMLP, gaussian_error, on_grid
 from rtb_inverse.noise_range import NoiseRange
 from rtb_inverse.particles import Particles
 from rtb_inverse.problems import InverseProblem, Reward
-from rtb_inverse.references import Draws, References, TemperedReferences
+from rtb_inverse.references import References
 from rtb_inverse.schedules import expand
 from rtb_inverse.second_look import local_move
 from rtb_inverse.second_look import shares as second_look_shares
@@ -49,8 +50,8 @@ class Posterior(Chain):
         width: of the perceptron, for priors without a network.
         second_look: evaluate a guided network twice at the steps where that pays (10 of the 20 of `priors/digits`); by default not in
             latents, where it has not paid.
-        references: True for the `draws` that a network's prior keeps, or others (M, *shape): they say which modes y allows before x_t
-            does (`TemperedReferences`, held as `draws`; to measure by how much takes 256 draws more).
+        references: of a guided network the `draws` that its prior keeps, if it does, or others (M, *shape), or False for none: they say
+            what y says of x_0 before x_t does (`KeptDraws`, held as `draws`; to measure how much takes as long as 128 draws).
 
     Raises:
         ValueError: prior and problem of different shapes; start="guided" where the operator does not allow it; a second look or
@@ -62,7 +63,7 @@ class Posterior(Chain):
 
     def __init__(
         self, prior: Prior, problem: InverseProblem, start: str | None = None, beta: float = 1.0, network: nn.Module | None = None,
-        lora_rank: int | None = None, width: int = 256, second_look: bool | None = None, references: bool | Tensor = False,
+        lora_rank: int | None = None, width: int = 256, second_look: bool | None = None, references: bool | Tensor | None = None,
     ):  # fmt: skip
         if not isinstance(prior, Prior):
             raise TypeError(f"prior must be a Prior, got {type(prior).__name__}")
@@ -99,24 +100,33 @@ class Posterior(Chain):
         if able and (not prior.decodes if second_look is None else second_look):
             w = second_look_shares(prior.schedule, ascending)
             self.local_gate, self.looks = nn.Parameter(w.to(**options)), w > 0
-        self.draws: TemperedReferences | None = None
+        self.draws: KeptDraws | None = None
         self.references = self._measured_references() if self.start == "guided" and cheap else None
         if self.start == "guided" and isinstance(self.guide, GradientGuidance) and self.references is None:
             self._learn(self.guide)
         if self.start == "guided" and self._input_gate is not None:
             with torch.no_grad():
                 self._input_gate.copy_(gaussian_error(prior, ascending).flatten(1)[:, 0])
-        if references is not False:
-            if not able:
-                raise ValueError(f"references need a guided start and the prior's own network, got start={self.start!r} here")
-            kept = getattr(prior, "draws", None) if references is True else references
-            if kept is None:
-                raise ValueError("references=True needs a prior that keeps draws, got one without: prior.keep_draws(4096) makes them")
-            self.hold_references(kept).measure(prior, self.problem, self.beta, lambda *state: self.denoise(*state)[0])
+        drawn = self._drawn(references, able)
+        if drawn is not None:
+            self.hold_references(drawn).measure(prior, self.problem, lambda *state: self.denoise(*state)[0])
 
-    def hold_references(self, x: Tensor) -> TemperedReferences:
+    def _drawn(self, references: bool | Tensor | None, able: bool) -> Tensor | None:
+        """The draws to take as references: those given, or those that the prior keeps."""
+        kept = getattr(self.prior, "draws", None)
+        if references is None:
+            return kept if able else None
+        if references is False:
+            return None
+        if not able:
+            raise ValueError(f"references need a guided start and the prior's own network, got start={self.start!r} here")
+        if references is True and kept is None:
+            raise ValueError("references=True needs a prior that keeps draws, got one without: prior.keep_draws(4096) makes them")
+        return kept if references is True else references
+
+    def hold_references(self, x: Tensor) -> KeptDraws:
         """Take draws x (M, *shape) of the prior as references, whose shares are 0 until they are measured or loaded."""
-        self.draws = TemperedReferences(self.prior, x)
+        self.draws = KeptDraws(self.prior, x, self.problem)
         return self.draws
 
     def _guide(self) -> Guide | None:
@@ -174,8 +184,8 @@ class Posterior(Chain):
         references = References(self.prior, getattr(self.guide, "basis", None))
         return references.measure(self.prior, guided, simulate, lambda y: self._likelihood_of(references, y))
 
-    def _likelihood_of(self, draws: Draws, y: Tensor) -> Tensor:
-        return self.beta * draws.log_likelihood(self.problem, y)
+    def _likelihood_of(self, references: References, y: Tensor) -> Tensor:
+        return self.beta * references.told(self.problem, y)[0]
 
     def train(self, mode: bool = True) -> "Posterior":
         return super().train(False)  # a density must not depend on dropout
@@ -236,18 +246,18 @@ class Posterior(Chain):
         log_scale = log_scale + expand(self.log_scale[k], x_0)
         if self.start == "prior" or move is None:
             return x_0, log_scale, None
-        update = Update(torch.zeros_like(x_0))
+        drawn, update = x_0, Update(torch.zeros_like(x_0))
+        if self.draws is not None and (self.draws.regressed + self.draws.share)[k].any():
+            drawn = self.draws(x_t, t, k, *self.draws.told(self.problem, y), x_0)
         if guide is not None:
-            update = guide(x_0, y, self.beta * self.error(t), at)
+            update = guide(drawn, y, self.beta * self.error(t), at)
         if self.local_gate is not None and update.slope is not None and self.looks[k.cpu()].any():
             update = replace(update, delta=self._local(x_t, t, k, condition, move, x_0, update))
         if reference is not None:
             delta = torch.lerp(update.delta, reference - first, share)
             known = guide is not None and guide.per_observation and update.shrink is not None
             update = replace(update, delta=delta) if known else self.references.left(k, delta)
-        estimate = x_0 + expand(self.gate[k], x_0) * update.delta
-        if self.draws is not None and (self.draws.share[k] > 0).any():
-            estimate = self.draws(x_t, t, k, self._likelihood_of(self.draws, y), estimate)
+        estimate = drawn + expand(self.gate[k], x_0) * update.delta
         clip = self.schedule.clip_sample
         return (estimate if clip is None else estimate.clamp(-clip, clip)), log_scale, update
 

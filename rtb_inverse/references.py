@@ -7,10 +7,7 @@ likelihood. Where x_t is clean the set is too coarse, and the Gaussian update is
 
     x0hat + w_t (x_ref - x0hat),      w_t = <x_0 - x0hat, x_ref - x0hat> / |x_ref - x0hat|^2,
 
-measured on pairs (x_0, y) of the joint distribution, and so is what is left of the error.
-
-A network's prior has few draws, none of them near y. With p(y | x_i)^(beta b_t), tempered, they still say which modes y allows
-(`TemperedReferences`); b_t is measured too.
+measured on pairs (x_0, y) of the joint distribution, and so is what is left of the error. (Where draws cost time: `kept_draws`.)
 """
 
 from collections.abc import Callable, Iterator
@@ -18,10 +15,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from rtb_inverse.chains import Prior, rollout
-from rtb_inverse.checks import check_tensor
+from rtb_inverse.chains import Prior
 from rtb_inverse.guidance import Update
-from rtb_inverse.problems import GaussianNoise, InverseProblem
+from rtb_inverse.problems import InverseProblem
 
 SIZES = 2048, 32768  # fewest and most draws; 1,024 for each element of x between
 ELEMENTS = 2**22  # of all draws together, here or in data space
@@ -31,7 +27,6 @@ IDLE = 3  # cleaner steps in a row that gain nothing, after which no more are tr
 LIKELIHOODS = 2**24  # elements of a y that the draws are compared with at once
 AT_ONCE = 2**21  # weights of draws at states: what fits into a processor's cache, twice as fast as 2**25
 NEGLIGIBLE = 20.0  # nats below y's best draw, from where a draw is left out: at most e^-20 M = 7e-5 of the posterior are lost
-TEMPERS = 0.003, 0.01, 0.02, 0.05, 0.1, 0.3, 1.0  # tried at each step
 SHARED = 16  # states of a y from which those draws are gathered, else weighed with weight 0
 
 
@@ -54,6 +49,7 @@ class Draws(nn.Module):
         self.register_buffer("x", x)
         self.register_buffer("decoded", decoded(prior, x) if prior.decodes else None, persistent=False)
         self.register_buffer("clean", None, persistent=False)
+        self.last: tuple[Tensor, tuple[Tensor, ...]] | None = None
 
     @property
     def data(self) -> Tensor:
@@ -69,6 +65,21 @@ class Draws(nn.Module):
     def asks_once(problem: InverseProblem) -> bool:
         """Whether the likelihood is that of A(x), whatever y."""
         return type(problem).log_likelihood is InverseProblem.log_likelihood
+
+    def told(self, problem: InverseProblem, y: Tensor) -> tuple[Tensor, ...]:
+        """`tell`; of one y after the other, as the steps of a roll-out ask for it, only once."""
+        last = None if self.last is None else self.last[0]
+        if last is None or (last.device, last.dtype) != (y.device, y.dtype) or not torch.equal(last, y):
+            self.last = y.clone(), self.tell(problem, y)
+        return self.last[1]
+
+    def _load_from_state_dict(self, *of):
+        self.last = None
+        super()._load_from_state_dict(*of)
+
+    def tell(self, problem: InverseProblem, y: Tensor) -> tuple[Tensor, ...]:
+        """What y says of the draws: their log-likelihoods."""
+        return (self.log_likelihood(problem, y),)
 
     def log_likelihood(self, problem: InverseProblem, y: Tensor) -> Tensor:
         """log p(y | x_i), (M, B), a few observations at a time."""
@@ -181,86 +192,3 @@ class References(Draws):
         if self.basis is None:
             return Update(delta, self.shrink[k])
         return Update(delta, self.shrink[k], self.basis.to(delta), self.level[k])
-
-
-class TemperedReferences(Draws):
-    """Some draws of a prior whose draws cost time: at each of the K steps the estimate is moved by a share of the way to their mean under
-    tempered weights.
-
-    Args:
-        prior: theirs.
-        x: the draws, (M, *shape).
-
-    Attributes:
-        share, temper: w_t and b_t of the K steps, the last step first, (K,); 0 where the draws say nothing that the guide does not know.
-    """
-
-    share: Tensor
-    temper: Tensor
-
-    def __init__(self, prior: Prior, x: Tensor):
-        options = prior._options()
-        super().__init__(prior, check_tensor("references", x, prior.shape).to(**options))
-        self.register_buffer("share", torch.zeros(prior.steps, **options))
-        self.register_buffer("temper", torch.zeros(prior.steps, **options))
-
-    def log_likelihood(self, problem, y):
-        """Up to a term of y; of Gaussian noise by a product of matrices."""
-        if not isinstance(problem.noise, GaussianNoise) or not self.asks_once(problem):
-            found = super().log_likelihood(problem, y)
-            return found.where(~found.isneginf().all(0), 0.0)
-        std = problem.noise.std.to(y)
-        clean, y = (self.seen(problem) / std).flatten(1), (y / std).flatten(1)
-        return clean @ y.T - 0.5 * clean.square().sum(1, keepdim=True)
-
-    def mean(self, x_t: Tensor, t: Tensor, weight: Tensor) -> Tensor:
-        """sum_i w_i x_i, w_i ~ N(x_t; alpha_t x_i, sigma_t^2) exp(weight_i): x_t (P, *shape), t (P,), weight (P, M)."""
-        x, states = self.x.flatten(1), x_t.flatten(1)
-        alpha, sigma = (c.to(x_t)[:, None] for c in self.schedule.alpha_sigma(t))
-        scale = alpha / sigma**2
-        log_w = scale * states @ x.T - scale * alpha * (0.5 * x.square().sum(1)) + weight
-        return (log_w.softmax(1) @ x).reshape(x_t.shape)
-
-    def forward(self, x_t: Tensor, t: Tensor, k: Tensor, log_likelihood: Tensor, estimate: Tensor) -> Tensor:
-        """The estimate of x_0 (*batch, *shape), moved.
-
-        Args:
-            x_t: (*batch, *shape). t, k: times and steps, which broadcast to the batch. log_likelihood: beta log p(y | x_i), (M, B), B the
-                last axis of the batch.
-        """
-        batch = x_t.shape[: x_t.ndim - len(self.shape)]
-        t, k = (c.expand(batch).reshape(-1) for c in (t, k))
-        states, of_y, moved = x_t.reshape(-1, *self.shape), log_likelihood.T, estimate.reshape(-1, *self.shape)
-        parts = []
-        for part in torch.arange(len(states), device=k.device).split(max(1, AT_ONCE // len(self.x))):
-            reference = self.mean(states[part], t[part], self.temper[k[part], None] * of_y[part % len(of_y)])
-            share = self.share[k[part]].reshape(-1, *(1,) * len(self.shape))
-            parts.append(torch.lerp(moved[part], reference, share))
-        return torch.cat(parts).reshape(estimate.shape)
-
-    @torch.no_grad()
-    def measure(self, prior: Prior, problem: InverseProblem, beta: float, guided: Callable) -> "TemperedReferences":
-        """Set the shares and tempers, on other roll-outs of the prior and y simulated from their ends; returns itself.
-
-        Args:
-            guided: (x_t (1, P, *shape), t, y) to the estimate without references.
-        """
-        generator = torch.Generator(self.x.device).manual_seed(5)
-        paths = rollout(prior, PAIRS // 2, None, generator)
-        x_0 = paths.x_0[:, 0]
-        y = problem.simulate(prior.decode(x_0), generator)
-        log_lik, idle = beta * self.log_likelihood(problem, y).T, 0
-        for k, t in enumerate(prior.times[:-1]):
-            x_t, step = paths.x[k, :, 0], prior.steps - 1 - k
-            off = x_0 - guided(x_t[None], t, y)[0]
-            best = torch.zeros(())
-            for b in TEMPERS:
-                move = self.mean(x_t, t.expand(len(x_t)).to(x_t.device), b * log_lik) - (x_0 - off)
-                gain, square = ((u * move).flatten(1).sum(1) for u in (off, move))
-                worth = gain.mean() ** 2 / square.mean()
-                if gain.mean() > 3 * gain.std() / len(gain) ** 0.5 and worth > best:
-                    best, self.share[step], self.temper[step] = worth, (gain.sum() / square.sum()).clamp_max(1), b
-            idle = 0 if self.share[step] > 0 else idle + 1
-            if idle == IDLE:
-                break
-        return self

@@ -37,6 +37,7 @@ RANK = {
     "networks": 4,
     "laplace": 5,
     "references": 5,
+    "kept_draws": 5,
     "second_look": 5,
     "posterior": 6,
     "behaviours": 7,
