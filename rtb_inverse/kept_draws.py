@@ -4,7 +4,7 @@ At the noisy steps x_t does not say which mode it will be, and no Gaussian updat
 can be simulated, in two ways:
 
     m(y) ~ E[x_0 | y]               kernel ridge regression of the x_i on y_i ~ p(y | x_i); found once for each y;
-    x_ref = sum_i w_i x_i,          w_i ~ N(x_t; alpha_t x_i, sigma_t^2) p(y | x_i)^b_t.
+    x_ref = sum_i w_i x_i,          w_i ~ N(x_t; alpha_t x_i, sigma_t^2) p(y | x_i)^b_t, where the noise is Gaussian.
 
 Of few draws none is near y, and the plain likelihood picks one; tempered by b_t it still says which modes y allows. The network's estimate
 is moved by a share v_t of the way to m(y), then by a share w_t of the way to x_ref, and then the guide makes it fit y. Shares and tempers
@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from rtb_inverse.chains import Prior
 from rtb_inverse.checks import check_tensor
 from rtb_inverse.problems import GaussianNoise, InverseProblem
-from rtb_inverse.references import AT_ONCE, IDLE, Draws
+from rtb_inverse.references import AT_ONCE, DECODED, IDLE, Draws
 from rtb_inverse.schedules import expand
 
 FEWEST = 16  # draws
@@ -108,15 +108,16 @@ class KeptDraws(Draws):
             self.register_buffer(name, torch.zeros(prior.steps, **options))
 
     def tell(self, problem, y):
-        """m(y) (B, *shape), and the log-likelihoods of the draws where they are asked for."""
+        """m(y) (B, *shape), and the log-likelihoods of the draws (M, B) where they are asked for."""
         mean = self.regression(y.flatten(1)).reshape(-1, *self.shape)
         return mean, self.log_likelihood(problem, y) if self.share.any() else mean.new_zeros(len(self.x), len(y))
 
+    def weighs(self, problem: InverseProblem) -> bool:
+        """Whether likelihoods of all draws are a product of matrices: else, of many y, they would take longer than the network."""
+        return isinstance(problem.noise, GaussianNoise) and self.asks_once(problem)
+
     def log_likelihood(self, problem, y):
-        """Up to a term of y; of Gaussian noise by a product of matrices."""
-        if not isinstance(problem.noise, GaussianNoise) or not self.asks_once(problem):
-            found = super().log_likelihood(problem, y)
-            return found.where(~found.isneginf().all(0), 0.0)
+        """Up to a term of y."""
         std = problem.noise.std.to(y)
         clean, y = (self.seen(problem) / std).flatten(1), (y / std).flatten(1)
         return clean @ y.T - 0.5 * clean.square().sum(1, keepdim=True)
@@ -153,23 +154,26 @@ class KeptDraws(Draws):
         Args:
             guided: (x_t (1, P, *shape), t, y) to the estimate without the draws.
         """
-        generator = torch.Generator(self.x.device).manual_seed(5)
-        every, P = problem.simulate(self.data, generator), self.told_apart
+        generator, P = torch.Generator(self.x.device).manual_seed(5), self.told_apart
+        parts = tqdm(self.data.split(DECODED), "simulating from the prior's draws", delay=5, leave=False)
+        every = torch.cat([problem.simulate(part, generator) for part in parts])
         x_0, y = self.x[:P], every[:P]
         mean = self.regression.fit(every[P:].flatten(1), self.x[P:].flatten(1))(y.flatten(1)).reshape(x_0.shape)
-        log_lik, idle = self.log_likelihood(problem, y).T, 0
+        tempers, idle = TEMPERS if self.weighs(problem) else (), 0
+        log_lik = self.log_likelihood(problem, y).T if tempers else mean.new_zeros(P, len(self.x))
         log_lik[:, :P] = -torch.inf
         steps = list(enumerate(prior.times[:-1].flip(0)))[::-1]
-        for k, t in tqdm(steps, "measuring references", delay=5, leave=False):
+        for k, t in tqdm(steps, "measuring what they say", delay=5, leave=False):
             noise = torch.randn(x_0.shape, generator=generator, device=x_0.device, dtype=x_0.dtype)
             x_t, times = prior.schedule.add_noise(x_0, noise, t), t.to(x_0.device).expand(P)
             estimate = guided(x_t[None], t, y)[0]
-            self.regressed[k], _ = worth(x_0 - estimate, mean - estimate)
-            estimate = torch.lerp(estimate, mean, self.regressed[k])
-            found = [worth(x_0 - estimate, self.weighted(x_t, times, b * log_lik) - estimate) for b in TEMPERS]
-            best = max(range(len(TEMPERS)), key=lambda i: found[i][1])
-            self.share[k], self.temper[k] = found[best][0], TEMPERS[best] * (found[best][0] > 0)
-            idle = 0 if self.regressed[k] > 0 or self.share[k] > 0 else idle + 1
+            self.regressed[k], gain = worth(x_0 - estimate, mean - estimate)
+            estimate, best = torch.lerp(estimate, mean, self.regressed[k]), 0.0
+            for b in tempers:
+                share, more = worth(x_0 - estimate, self.weighted(x_t, times, b * log_lik) - estimate)
+                if more > best:
+                    best, self.share[k], self.temper[k] = more, share, b
+            idle = 0 if gain + best > 0 else idle + 1
             if idle == IDLE:
                 break
         return self
