@@ -25,7 +25,7 @@ from rtb_inverse.references import AT_ONCE, DECODED, IDLE, Draws
 from rtb_inverse.schedules import expand
 
 FEWEST = 16  # draws
-TOLD = 128  # of the draws, by the others; at most a quarter of them
+TOLD, ELEMENTS = (32, 128), 2**15  # fewest and most of the draws that are told by the others, and their elements; at most a quarter
 TEMPERS = 0.003, 0.01, 0.02, 0.05, 0.1, 0.3, 1.0  # tried at each step
 WIDTHS, RIDGES = (0.3, 1.0, 3.0, 10.0), (1e-3, 1e-2, 1e-1, 1.0)  # tried, of the median squared distance, and of the kernel's diagonal
 TRIED = 1024  # pairs at most, on which they are
@@ -102,7 +102,7 @@ class KeptDraws(Draws):
         super().__init__(prior, check_tensor("references", x, prior.shape).to(**options, copy=True))
         if len(x) < FEWEST:
             raise ValueError(f"references must hold at least {FEWEST} draws, got {len(x)}")
-        self.told_apart = min(TOLD, len(x) // 4)
+        self.told_apart = min(max(TOLD[0], min(TOLD[1], ELEMENTS // x[0].numel())), len(x) // 4)
         self.regression = KernelRegression(len(x) - self.told_apart, problem.y_shape.numel(), prior.shape.numel(), **options)
         for name in ("regressed", "share", "temper"):
             self.register_buffer(name, torch.zeros(prior.steps, **options))

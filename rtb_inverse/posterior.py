@@ -51,7 +51,7 @@ class Posterior(Chain):
         second_look: evaluate a guided network twice at the steps where that pays (10 of the 20 of `priors/digits`); by default not in
             latents, where it has not paid.
         references: of a guided network the `draws` that its prior keeps, if it does, or others (M, *shape), or False for none: they say
-            what y says of x_0 before x_t does (`KeptDraws`, held as `draws`; to measure how much takes as long as 128 draws).
+            what y says of x_0 before x_t does (`KeptDraws`, held as `draws`; to measure how much takes as long as 32 to 128 draws).
 
     Raises:
         ValueError: prior and problem of different shapes; start="guided" where the operator does not allow it; a second look or
