@@ -160,7 +160,7 @@ def compare(task: str, args: argparse.Namespace) -> str:
         add(name, report.draws, seconds * DRAWS * OBSERVATIONS / 32, **bounds)
         return report
 
-    judge("ours, without a second look", Posterior(prior, EXAMPLES[task](prior.shape), second_look=False))
+    judge("ours, one look, no references", Posterior(prior, EXAMPLES[task](prior.shape), second_look=False, references=False))
     report, training = judge("ours, untrained", posterior), 0.0
     if args.steps:
         with torch.enable_grad():

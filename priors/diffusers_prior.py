@@ -35,7 +35,7 @@ class DiffusersPrior(Prior):
         steps: K, the number of denoising steps of the chain.
         error: r_t^2 and C_t, how far x0hat is from x_0 on average. Without it the steps take the variance "small" and guidance
             supposes x_0 ~ N(0, I); `measure_error` finds it.
-        draws: some of the prior's own, (M, *shape), for `Posterior(references=True)`; `keep_draws` makes them.
+        draws: some of the prior's own, (M, *shape), the references of its posteriors; `keep_draws` makes them.
         eta, variance, min_std: see `rtb_inverse.chains.Prior`.
     """
 
@@ -125,10 +125,11 @@ class DiffusersPrior(Prior):
         self.error = DenoiserError.measure(self.schedule, self.denoise, x, len(self.shape), knots, generator=generator)
         return self
 
-    def keep_draws(self, n: int, generator: torch.Generator | None = None) -> "DiffusersPrior":
-        """Draw n, and keep them in `draws`. Returns itself."""
+    def keep_draws(self, n: int, generator: torch.Generator | None = None, batch_size: int = 1024) -> "DiffusersPrior":
+        """Draw n, `batch_size` at a time, and keep them in `draws`. Returns itself."""
         check_count("n", n)
-        self.draws = torch.cat([self.sample(min(1024, n - i), generator) for i in range(0, n, 1024)])
+        check_count("batch_size", batch_size)
+        self.draws = torch.cat([self.sample(min(batch_size, n - i), generator) for i in range(0, n, batch_size)])
         return self
 
     def save_pretrained(self, folder: str | Path) -> None:
