@@ -102,7 +102,8 @@ class KeptDraws(Draws):
         super().__init__(prior, check_tensor("references", x, prior.shape).to(**options, copy=True))
         if len(x) < FEWEST:
             raise ValueError(f"references must hold at least {FEWEST} draws, got {len(x)}")
-        self.told_apart = min(max(TOLD[0], min(TOLD[1], ELEMENTS // x[0].numel())), len(x) // 4)
+        size = max(prior.shape.numel(), prior.data_shape.numel())
+        self.told_apart = min(max(TOLD[0], min(TOLD[1], ELEMENTS // size)), len(x) // 4)
         self.regression = KernelRegression(len(x) - self.told_apart, problem.y_shape.numel(), prior.shape.numel(), **options)
         for name in ("regressed", "share", "temper"):
             self.register_buffer(name, torch.zeros(prior.steps, **options))

@@ -50,9 +50,9 @@ class Posterior(Chain):
         width: of the perceptron, for priors without a network.
         second_look: evaluate a guided network twice at the steps where that pays (10 of the 20 of `priors/digits`); by default not in
             latents, where it has not paid.
-        references: of a guided network of pixels the `draws` that its prior keeps, if it does, or others (M, *shape), or False for none:
-            they say what y says of x_0 before x_t does (`KeptDraws`, held as `draws`; to measure how much takes as long as 32 to 128
-            draws, and M calls of the operator).
+        references: of a guided network the `draws` that its prior keeps, if it does, or others (M, *shape), or False for none: they say
+            what y says of x_0 before x_t does (`KeptDraws`, held as `draws`; to measure how much takes as long as 32 to 128 draws, and
+            M calls of the operator).
 
     Raises:
         ValueError: prior and problem of different shapes; start="guided" where the operator does not allow it; a second look or
@@ -116,7 +116,7 @@ class Posterior(Chain):
         """The draws to take as references: those given, or those that the prior keeps."""
         kept = getattr(self.prior, "draws", None)
         if references is None:
-            return kept if able and not self.prior.decodes else None
+            return kept if able else None
         if references is False:
             return None
         if not able:

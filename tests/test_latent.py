@@ -104,6 +104,22 @@ def test_a_second_look_in_latents_is_for_those_who_ask(prior, generator):
     assert (path_log_prob(posterior, paths) - paths.log_prob).abs().min() > 1e-3  # it had moved the steps
 
 
+def test_references_in_latents(prior, generator):
+    """Their likelihood is that of their decoded images."""
+    problem = Inpainting(prior.data_shape, "half", noise_std=0.2)
+    prior.keep_draws(40, generator)
+    posterior = Posterior(prior, problem)
+    posterior.draws.regressed.fill_(0.4)
+    posterior.draws.share.fill_(0.3)
+    posterior.draws.temper.fill_(0.1)
+    y = simulate_observations(posterior, 2, generator).y
+    log_lik = posterior.draws.told(posterior.problem, y)[1]
+    off = log_lik - posterior.log_likelihood(posterior.draws.x[:, None], y)
+    torch.testing.assert_close(off, off[:1].expand_as(off), rtol=1e-3, atol=1e-2)
+    paths = rollout(posterior, 3, y, generator)
+    torch.testing.assert_close(path_log_prob(posterior, paths, 4), paths.log_prob, rtol=1e-3, atol=1e-2)
+
+
 def test_saved_and_loaded(prior, tmp_path, generator):
     posterior = Posterior(prior, Inpainting(prior.data_shape, "half", noise_std=0.2))
     posterior.save_pretrained(tmp_path)
