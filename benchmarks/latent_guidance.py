@@ -1,7 +1,8 @@
 """Posteriors in the latents of an autoencoder, with the likelihood of pixels: python benchmarks/latent_guidance.py [--observations 6]
 
     y of draws of priors/mnist_latent: a box hidden, and four times fewer pixels each way, at noise 0.1
-    ours, untrained: guided by Gauss and Newton through the decoder, or by one gradient step, as where the latents are many; and by SMC
+    ours, untrained: guided by Gauss and Newton through the decoder, or by one gradient step, as where the latents are many, with and without
+        the draws that the prior keeps; and by SMC
     latent DPS, and PSLD, which glues the latent to what its image encodes to; step sizes tuned by CRPS on other observations
 
 Means and standard errors over observations; nominal levels of the intervals in brackets; CPU seconds per draw. One thread; prints Markdown.
@@ -68,11 +69,14 @@ def main() -> None:
         print(f"\n#### {title}\n\nLog-likelihood of the truth {Estimate.of(problem.log_likelihood(x, y))}.\n")
         print("| | log-likelihood | ELBO | log Z | PSNR | CRPS | chi² | coverage | CPU s |\n|---|---|---|---|---|---|---|---|---|")
         if o.ours:
-            posterior, plain = Posterior(prior, problem), Posterior(prior, problem)
-            plain.guide = GradientGuidance(problem, 1, decode=prior.decode, event_dim=len(prior.shape))
+            posterior, plain, step, told = (Posterior(prior, problem, references=kept) for kept in (True, False, False, False))
+            step.guide = told.guide = GradientGuidance(problem, 1, decode=prior.decode, event_dim=len(prior.shape))
+            told.hold_references(prior.draws).measure(prior, problem, lambda *state, told=told: told.denoise(*state)[0])
             ours = {
                 "ours, Gauss-Newton": partial(importance, posterior),
-                "ours, one gradient step": partial(importance, plain),
+                "the same, no references": partial(importance, plain),
+                "ours, one gradient step": partial(importance, told),
+                "the same step, no references": partial(importance, step),
                 "ours, SMC": partial(smc, posterior),
             }
         for name, sample in (ours | rivals).items():
