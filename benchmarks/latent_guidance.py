@@ -1,8 +1,8 @@
 """Posteriors in the latents of an autoencoder, with the likelihood of pixels: python benchmarks/latent_guidance.py [--observations 6]
 
     y of draws of priors/mnist_latent: a box hidden, and four times fewer pixels each way, at noise 0.1
-    ours, untrained: guided by Gauss and Newton through the decoder, or by one gradient step, as where the latents are many, with and without
-        the draws that the prior keeps; and by SMC
+    ours, untrained: guided by Gauss and Newton through the decoder, or by one gradient step, as where the latents are many, with and
+        without the draws that the prior keeps; and by SMC
     latent DPS, and PSLD, which glues the latent to what its image encodes to; step sizes tuned by CRPS on other observations
 
 Means and standard errors over observations; nominal levels of the intervals in brackets; CPU seconds per draw. One thread; prints Markdown.
