@@ -6,7 +6,7 @@ from sklearn.kernel_ridge import KernelRidge
 
 import rtb_inverse.kept_draws
 from priors import DiffusersPrior
-from rtb_inverse import GaussianNoise, InverseProblem, PoissonNoise, Posterior, evaluate, path_log_prob, rollout, simulate_observations
+from rtb_inverse import GaussianNoise, InverseProblem, PoissonNoise, Posterior, importance, path_log_prob, rollout, simulate_observations
 from rtb_inverse.kept_draws import KeptDraws, KernelRegression, worth
 from tasks import SuperResolution
 
@@ -189,16 +189,16 @@ def test_kept_draws_are_the_default_references(prior):
 
 
 @pytest.mark.slow
-def test_they_tighten_both_bounds_of_super_resolution(generator):
-    """Of 8x8 digits, untrained, 24 observations: the gap between the bounds falls by a fifth at least."""
+def test_they_tighten_the_bound_of_super_resolution(generator):
+    """Of 8x8 digits, untrained, 24 observations: the ELBO grows by more than 3 standard errors of the paired differences (about 1 nat)."""
     prior = DiffusersPrior.from_pretrained("priors/digits")
     problem = SuperResolution(prior.shape, 4, noise_std=0.1)
-    plain, helped = Posterior(prior, problem), Posterior(prior, problem, references=prior.draws[:1024])
-    held = simulate_observations(plain, 24, generator)
-    reports = [evaluate(p, held, 16, torch.Generator().manual_seed(1)).numbers for p in (plain, helped)]
-    assert helped.draws.share[-1] > 0.5 and helped.draws.share[0] == 0
-    gap = [report["eubo"].value - report["elbo"].value for report in reports]
-    assert gap[1] < 0.8 * gap[0]
+    plain, helped = Posterior(prior, problem, references=False), Posterior(prior, problem)
+    assert helped.draws.regressed[-1] > 0.5 and helped.draws.share[-1] > 0.3 and helped.draws.regressed[0] == 0
+    y = simulate_observations(plain, 24, generator).y
+    elbo = [importance(p, y, 16, torch.Generator().manual_seed(1)).log_w.mean(0) for p in (plain, helped)]
+    gain = elbo[1] - elbo[0]
+    assert gain.mean() > 3 * gain.std() / len(gain) ** 0.5
 
 
 @pytest.mark.parametrize(
