@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from rtb_inverse.chains import Prior
 from rtb_inverse.checks import check_tensor
 from rtb_inverse.problems import GaussianNoise, InverseProblem
-from rtb_inverse.references import AT_ONCE, DECODED, IDLE, Draws
+from rtb_inverse.references import AT_ONCE, DECODED, IDLE, Draws, weighted_mean
 from rtb_inverse.schedules import expand
 
 FEWEST = 16  # draws
@@ -124,12 +124,9 @@ class KeptDraws(Draws):
         return clean @ y.T - 0.5 * clean.square().sum(1, keepdim=True)
 
     def weighted(self, x_t: Tensor, t: Tensor, weight: Tensor) -> Tensor:
-        """sum_i w_i x_i, w_i ~ N(x_t; alpha_t x_i, sigma_t^2) exp(weight_i): x_t (P, *shape), t (P,), weight (P, M)."""
-        x, states = self.x.flatten(1), x_t.flatten(1)
+        """x_ref at x_t (P, *shape), t (P,), with weights of exp(weight) in place of the likelihood's, (P, M)."""
         alpha, sigma = (c.to(x_t)[:, None] for c in self.schedule.alpha_sigma(t))
-        scale = alpha / sigma**2
-        log_w = scale * states @ x.T - scale * alpha * (0.5 * x.square().sum(1)) + weight
-        return (log_w.softmax(1) @ x).reshape(x_t.shape)
+        return weighted_mean(self.x.flatten(1), x_t.flatten(1), alpha, sigma, weight).reshape(x_t.shape)
 
     def forward(self, x_t: Tensor, t: Tensor, k: Tensor, mean: Tensor, log_likelihood: Tensor, estimate: Tensor) -> Tensor:
         """The estimate of x_0 (*batch, *shape), moved.

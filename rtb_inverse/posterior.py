@@ -32,8 +32,8 @@ class Posterior(Chain):
 
         x0hat  <- network(x_t, t, condition(y), data residual)
         x0hat  <- x0hat + gate_t * (Gaussian update of x0hat by y under the denoiser's error r_t^2)      (start="guided")
-                  (where the prior is a network: joined with an update by the covariance at the very state, see `second_look`;
-                  where the prior's draws are cheap: with E[x_0 | x_t, y] over a set of them, see `References`)
+                  (where the prior is a network: joined with an update by the covariance at the very state, see `second_look`, and begun
+                  from what kept draws say, see `KeptDraws`; where draws are cheap: joined with E[x_0 | x_t, y] over many, see `References`)
         scales <- prior's step, shrunk by what y tells, times exp(log_scale)
 
     gate_t starts at 1, log_scale at 0, all added inputs of the network at 0: so the chain starts at the prior, or guided. A U-Net's own

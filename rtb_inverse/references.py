@@ -36,6 +36,13 @@ def decoded(prior: Prior, x: Tensor) -> Tensor:
     return torch.cat([prior.decode(part) for part in x.split(DECODED)])
 
 
+def weighted_mean(x: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor, weight: Tensor) -> Tensor:
+    """sum_i w_i x_i, w_i ~ N(x_t; alpha x_i, sigma^2) exp(weight_i): x (M, d), x_t (P, d), alpha, sigma (P, 1), weight (P, M) or (M,)."""
+    scale = alpha / sigma**2
+    log_w = scale * x_t @ x.T - scale * alpha * (0.5 * x.square().sum(1)) + weight
+    return log_w.softmax(1) @ x
+
+
 class Draws(nn.Module):
     """Draws x (M, *shape) of a prior, decoded, and what an operator makes of them, once it has been asked."""
 
@@ -135,9 +142,7 @@ class References(Draws):
         alpha, sigma = (c.to(x_t).expand(batch).reshape(-1, 1) for c in self.schedule.alpha_sigma(t))
         mean = torch.zeros_like(states)
         for part, x, log_lik in self._parts(wanted.expand(batch).reshape(-1).nonzero()[:, 0], log_likelihood):
-            scale = alpha[part] / sigma[part] ** 2
-            log_w = scale * states[part] @ x.T - scale * alpha[part] * (0.5 * x.square().sum(1)) + log_lik
-            mean[part] = log_w.softmax(1) @ x
+            mean[part] = weighted_mean(x, states[part], alpha[part], sigma[part], log_lik)
         return mean.reshape(x_t.shape)
 
     def _parts(self, rows: Tensor, log_likelihood: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
