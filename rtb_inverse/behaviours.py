@@ -41,6 +41,8 @@ class Pool:
         self.prior, self.problem, self.size = posterior.prior, posterior.problem, check_count("size", size)
         self.data = data if data is None else check_tensor("data", data, posterior.shape).to(posterior.gate.device, posterior.gate.dtype)
         self.shares = step_shares(self.prior)
+        if posterior.exact_end:
+            self.shares[-1] = 0  # nothing to learn
         self.keeps_paths = data is None and not self.prior.exact_reversal
         levels, options = posterior.steps if self.keeps_paths else 0, self.prior._options()
         self.states = torch.empty((levels + 1, 0, *posterior.shape), **options)  # (K + 1 or 1, size, *shape), x_0 last
@@ -79,22 +81,6 @@ class Pool:
         k = random_steps(self.shares, m, generator).to(index.device)
         bridges = self._between(k, self.states[k, index], self.means[k, index], self.x[index])
         return bridges, self.problem.simulate(self.prior.decode(self.x[index]), generator)
-
-    def unseen(self, n: int, generator: Generator) -> tuple[Bridges, Tensor]:
-        """All K transitions of n new paths, which are not kept, and y (K n, *y_shape), one for each path. (`data` are never new: noised
-        anew.)"""
-        K = self.prior.steps
-        k = torch.arange(K, device=self.states.device).repeat_interleave(n)
-        if self.keeps_paths:
-            paths = rollout(self.prior, n, None, generator, keep_means=True)
-            x_0 = paths.x[-1, :, 0]
-            y = self.problem.simulate(self.prior.decode(x_0), generator)
-            x_t, mean = paths.x[:-1, :, 0].flatten(0, 1), paths.means[:, :, 0].flatten(0, 1)  # type: ignore[index]
-            bridges = self._between(k, x_t, mean, torch.cat([x_0] * K))
-        else:
-            x_0, y = self.pairs(n, generator)
-            bridges = noised_bridges(self.prior, torch.cat([x_0] * K), k, generator)
-        return bridges, torch.cat([y] * K)
 
     def _between(self, k: Tensor, x_t: Tensor, mean: Tensor, x_0: Tensor) -> Bridges:
         """Transitions k (m,) of roll-outs of the prior, by the means of its steps."""

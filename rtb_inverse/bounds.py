@@ -55,15 +55,27 @@ class BoundsOverTraining:
         self.log_joint = paths.log_prob.T + posterior.log_likelihood(self.paths.x_0, self.y)
 
     @torch.no_grad()
-    def measure(self, step: int) -> None:
-        """Add a point to the curve; points of this step or later ones, of a run that was broken off, go."""
+    def log_weights(self) -> tuple[Tensor, Tensor | None]:
+        """log w of paths of the posterior's own, (1, B), and, where y was simulated, of the exact one's, (1, B)."""
         posterior = self.posterior
         paths = rollout(posterior, self.n if self.paths is None else 1, self.y, self._generator())
-        log_joint = path_log_prob(posterior.prior, paths, self.chunk_size) + posterior.log_likelihood(paths.x_0, self.y)
-        point = {"step": step, "elbo": Estimate.of(elbo((log_joint - paths.log_prob).flatten()[None])).to_dict()}
-        if self.paths is not None:
-            log_q = path_log_prob(posterior, self.paths, self.chunk_size)
-            point["eubo"] = Estimate.of(eubo(self.log_joint - log_q)).to_dict()
+        log_joint = path_log_prob(posterior.prior, paths, self.chunk_size) + posterior.log_likelihood(paths.x_0, paths.y)
+        own = (log_joint - paths.log_prob).flatten()[None]
+        return own, None if self.paths is None else self.log_joint - path_log_prob(posterior, self.paths, self.chunk_size)
+
+    def gap(self) -> Tensor:
+        """EUBO less ELBO: how far the posterior and the exact one are from one another, both ways; infinite for a posterior whose states
+        leave the finite numbers. Of one y, or none, the ELBO, negated."""
+        own, exact = self.log_weights()
+        gap = (0.0 if exact is None else exact.mean()) - own.mean()
+        return torch.where(gap.isfinite(), gap, torch.inf)
+
+    def measure(self, step: int) -> None:
+        """Add a point to the curve; points of this step or later ones, of a run that was broken off, go."""
+        own, exact = self.log_weights()
+        point = {"step": step, "elbo": Estimate.of(elbo(own)).to_dict()}
+        if exact is not None:
+            point["eubo"] = Estimate.of(eubo(exact)).to_dict()
         if self.on_policy:
             point["elbo_on_policy"] = Estimate.of(torch.tensor(self.on_policy)).to_dict()
         self.on_policy = []

@@ -316,10 +316,6 @@ class Bridges:
     mean: Tensor
     sd: Tensor
 
-    def split(self, size: int) -> list["Bridges"]:
-        """In parts of at most that many."""
-        return [Bridges(*part) for part in zip(*(field.split(size) for field in (self.k, self.x_t, self.mean, self.sd)), strict=True)]
-
 
 def random_steps(shares: Tensor, m: int, generator: Generator) -> Tensor:
     """m of the K transitions, drawn by their shares (K,): (m,)."""

@@ -27,6 +27,7 @@ from rtb_inverse.posterior import Posterior
 from rtb_inverse.training import denoising_loss, line_search, path_backward, score, step_weights
 
 OBJECTIVES = ("rtb", "vargrad", "wake_sleep")
+FEWEST = 16  # observations on which bounds are compared
 LEAST = 0.1  # share of the draws that enter a wake-sleep buffer with their weights: fewer, again and again, would be all it ever holds
 
 
@@ -57,8 +58,8 @@ class PosteriorTraining(LightningModule):
             each step.
         step_fraction, chunk_size: see `training.path_backward`.
         refresh: every how many steps the pool grows; in a wake-sleep warm start, every how many steps new draws enter the buffer.
-        line_search: at the end of the warm start, go back along the line to where it began, to where the loss on new pairs is least
-            (`training.line_search`); `kept` is how far along that is.
+        line_search: at the end of the warm start, go back along the line to where it began, to where ELBO and EUBO are nearest to one
+            another (`training.line_search`); `kept` is how far along that is.
         bounds: how often over training, beside its end, ELBO and EUBO are measured (`BoundsOverTraining`), at least 10 steps apart; 0:
             never.
         output: folder for the finished posterior, and the bounds in training.json and .png; tried before any work. None: nothing is
@@ -206,23 +207,20 @@ class PosteriorTraining(LightningModule):
         loss.backward()
         return loss.detach()
 
-    @torch.no_grad()
     def _keep_what_holds(self) -> None:
-        """Of what the warm start has learnt, as much as holds on pairs that it has not seen: the averages are moved back to there on the
-        line to where training began, and training goes on from them."""
-        trained = self.posterior.trainable()
-        bridges, y = self.pool.unseen(max(2, -(-8 * self.states // self.posterior.steps)), self.generator)
-        size = self.chunk_size or len(y)
+        """Of what the warm start has learnt, as much as brings both bounds nearest to one another, on observations that it has not seen:
+        the averages are moved back to there on the line to where training began, and training goes on from them."""
+        trained, strategy = self.posterior.trainable(), self.trainer.strategy
+        seed, observations = self.seed + 1000 + self.global_rank, max(FEWEST, self.states // 4)
+        held = BoundsOverTraining(self.posterior, observations=observations, seed=seed, chunk_size=self.chunk_size)
 
-        def loss() -> float:
-            parts = zip(bridges.split(size), y.split(size), strict=True)
-            total = torch.stack([denoising_loss(self.posterior, part, of) * len(of) for part, of in parts]).sum()
-            return float(self.trainer.strategy.reduce(total, reduce_op="mean") if self.trainer.world_size > 1 else total)
+        def gap() -> Tensor:
+            return strategy.reduce(held.gap(), reduce_op="mean") if self.trainer.world_size > 1 else held.gap()
 
         self.ema.swap()
-        self.kept = line_search(trained, self.began, loss)
+        self.kept = line_search(trained, self.began, gap)
         for average, parameter in zip(self.ema.averages, trained, strict=True):
-            average.copy_(parameter)
+            average.copy_(parameter.detach())
         self.log("kept", self.kept, prog_bar=True)
 
     def _average_gradients(self) -> None:

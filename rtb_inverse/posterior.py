@@ -39,6 +39,9 @@ class Posterior(Chain):
     gate_t starts at 1, log_scale at 0, all added inputs of the network at 0: so the chain starts at the prior, or guided. A U-Net's own
     x_t is moved towards y too, by `ConditionalUNet.input_gate`, which starts at 0, or, guided, at sigma_t^2 / (alpha_t^2 + sigma_t^2).
 
+    The last step of a guided U-Net is not learnt (`exact_end`): p(x_0 | x_1) is the prior's own Gaussian, which the guide makes fit y, and
+    all that training would bring to it is noise, where it costs most. (But where the guide is one gradient, in latents, say.)
+
     Args:
         prior: the frozen prior.
         problem: the measurement model; bound to the prior's shape here. A `Reward` has no y.
@@ -93,6 +96,8 @@ class Posterior(Chain):
             torch.manual_seed(0)
             self.network = (network or self._network(condition)).to(**options)
             self.log_z = LogZ(0 if condition is None else condition[0].numel()).to(**options)
+        exact = self.guide is not None and not (isinstance(self.guide, GradientGuidance) and self.guide.covariance is None)
+        self.exact_end = self.start == "guided" and exact and isinstance(self.network, ConditionalUNet)
         self.local_gate = self.looks = None  # shares of the covariance at the very state; and the steps where it is asked for
         ascending = self.times[:-1].flip(0)  # step_index 0 is the last step
         able = self.start == "guided" and isinstance(self.network, ConditionalUNet)
@@ -243,8 +248,9 @@ class Posterior(Chain):
                 move = torch.zeros_like(first) if move is None else move
                 move = torch.lerp(move, reference - first, share)
             move = None if move is None else move / error.sqrt().to(x_t.dtype)
-        x_0, log_scale = self.network(self.prior, x_t, t, condition, move, first)
-        log_scale = log_scale + expand(self.log_scale[k], x_0)
+        learnt = (k > 0) | (not self.exact_end)
+        x_0, log_scale = self._estimate(x_t, t, learnt, condition, move, first)
+        log_scale = log_scale + expand(self.log_scale[k] * learnt, x_0)
         if self.start == "prior" or move is None:
             return x_0, log_scale, None
         drawn, update = x_0, Update(torch.zeros_like(x_0))
@@ -258,9 +264,26 @@ class Posterior(Chain):
             delta = torch.lerp(update.delta, reference - first, share)
             known = guide is not None and guide.per_observation and update.shrink is not None
             update = replace(update, delta=delta) if known else self.references.left(k, delta)
-        estimate = drawn + expand(self.gate[k], x_0) * update.delta
+        estimate = drawn + expand(torch.where(learnt, self.gate[k], 1.0), x_0) * update.delta
         clip = self.schedule.clip_sample
         return (estimate if clip is None else estimate.clamp(-clip, clip)), log_scale, update
+
+    def _estimate(
+        self, x_t: Tensor, t: Tensor, learnt: Tensor, condition: Tensor, move: Tensor | None, first: Tensor
+    ) -> tuple[Tensor, Tensor | float]:
+        """The network's estimate and log-scale; the prior's own estimate where nothing is `learnt`."""
+        if learnt.all():
+            return self.network(self.prior, x_t, t, condition, move, first)
+        if not learnt.any():
+            return self.prior.denoise(x_t, t), 0.0
+        batch = x_t.shape[: x_t.ndim - len(self.shape)]
+        here, t, condition = learnt.expand(batch), t.expand(batch), condition.expand(*batch, *condition.shape[1:])
+        move = None if move is None else move[here]
+        estimate, log_scale = self.network(self.prior, x_t[here], t[here], condition[here], move, first[here])
+        x_0 = torch.zeros_like(x_t).index_put((here,), estimate).index_put((~here,), self.prior.denoise(x_t[~here], t[~here]))
+        if isinstance(log_scale, Tensor):
+            log_scale = torch.zeros_like(x_0).index_put((here,), log_scale)
+        return x_0, log_scale
 
     def _local(
         self, x_t: Tensor, t: Tensor, k: Tensor, condition: Tensor, move: Tensor, x_0: Tensor, update: Update
