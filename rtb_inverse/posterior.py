@@ -105,6 +105,7 @@ class Posterior(Chain):
             raise ValueError(f"second_look=True needs a guided start and the prior's own network, got start={self.start!r} here")
         if able and (not prior.decodes if second_look is None else second_look):
             w = second_look_shares(prior.schedule, ascending)
+            w[0] *= not self.exact_end
             self.local_gate, self.looks = nn.Parameter(w.to(**options)), w > 0
         self.draws: KeptDraws | None = None
         self.references = self._measured_references() if self.start == "guided" and cheap else None

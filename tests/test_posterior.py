@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from rtb_inverse.behaviours import Pool
 from rtb_inverse.chains import Prior, Trajectory, path_log_prob, renoise, rollout
 from rtb_inverse.guidance import CovarianceGuidance, GaussianGuidance, GradientGuidance, LocalGuidance
 from rtb_inverse.networks import ConditionalUNet, ResidualMLP
@@ -177,6 +178,41 @@ def test_each_step_has_its_own_gate_and_scale(make_prior, generator):
             torch.testing.assert_close(new.stddev, old.stddev * math.exp(2 * math.tanh(0.2)))
         else:
             assert torch.equal(old.mean, new.mean) and torch.equal(old.stddev, new.stddev)
+
+
+@pytest.mark.parametrize("problem", [matrix_problem, squared])
+@pytest.mark.parametrize("kind", ("unet2d", "unet1d"))
+def test_the_last_step_of_a_guided_network_is_not_learnt(kind, problem, make_prior, generator):
+    """Whatever training does to weights and gates: it stays as it began, and states of many steps at once are those of each step alone."""
+    prior = make_prior(kind)
+    posterior = Posterior(prior, problem(prior))
+    assert posterior.exact_end and not Posterior(prior, problem(prior), start="prior").exact_end
+    y = observations(posterior.problem, prior, generator)
+    x_t, *_ = states(prior, generator)
+    k = torch.tensor([[prior.steps - 1], [1]])
+
+    def steps():
+        with torch.no_grad():
+            own = [posterior.transition(x_t[i : i + 1], prior.times[k[i]], prior.times[k[i] + 1], y) for i in range(2)]
+            return own, posterior.transition(x_t, prior.times[k].expand(2, B), prior.times[k + 1].expand(2, B), y)
+
+    before, _ = steps()
+    perturb(posterior.trainable(), generator, 0.1)
+    after, together = steps()
+    for name in ("mean", "stddev"):
+        old, new = ([getattr(step, name).expand(1, B, *prior.shape) for step in some] for some in (before, after))
+        assert torch.equal(old[0], new[0]) and not torch.allclose(old[1], new[1])
+        torch.testing.assert_close(getattr(together, name), torch.cat(new), rtol=1e-4, atol=1e-5)
+    assert Pool(posterior).shares[-1] == 0 < Pool(posterior).shares[:-1].min()
+
+
+def test_where_one_gradient_guides_the_last_step_is_learnt(make_prior):
+    """That is no exact update; nor has a perceptron beside an analytic prior an exact Gaussian to end with."""
+    prior = make_prior("unet2d", measured=False)
+    assert isinstance(Posterior(prior, squared(prior)).guide, GradientGuidance) and not Posterior(prior, squared(prior)).exact_end
+    mixture = make_prior("mixture")
+    posterior = Posterior(mixture, matrix_problem(mixture), width=16)
+    assert posterior.start == "guided" and not posterior.exact_end and (Pool(posterior).shares > 0).all()
 
 
 # What the network sees
