@@ -27,7 +27,7 @@ from rtb_inverse.posterior import Posterior
 from rtb_inverse.training import denoising_loss, line_search, path_backward, score, step_weights
 
 OBJECTIVES = ("rtb", "vargrad", "wake_sleep")
-FEWEST = 16  # observations on which bounds are compared
+HELD = 64  # observations on which bounds are compared
 LEAST = 0.1  # share of the draws that enter a wake-sleep buffer with their weights: fewer, again and again, would be all it ever holds
 
 
@@ -211,8 +211,8 @@ class PosteriorTraining(LightningModule):
         """Of what the warm start has learnt, as much as brings both bounds nearest to one another, on observations that it has not seen:
         the averages are moved back to there on the line to where training began, and training goes on from them."""
         trained, strategy = self.posterior.trainable(), self.trainer.strategy
-        seed, observations = self.seed + 1000 + self.global_rank, max(FEWEST, self.states // 4)
-        held = BoundsOverTraining(self.posterior, observations=observations, seed=seed, chunk_size=self.chunk_size)
+        seed = self.seed + 1000 + self.global_rank
+        held = BoundsOverTraining(self.posterior, observations=HELD, seed=seed, chunk_size=self.chunk_size)
 
         def gap() -> Tensor:
             return strategy.reduce(held.gap(), reduce_op="mean") if self.trainer.world_size > 1 else held.gap()
