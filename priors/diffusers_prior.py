@@ -1,5 +1,6 @@
 """A diffusers model as the prior: a network of the UNet2DModel or UNet1DModel kind, and its scheduler's config."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -106,11 +107,12 @@ class DiffusersPrior(Prior):
         return self.schedule.to_x_0(self.predict(self.network, x_t, t), x_t, t)
 
     def predict(self, network: nn.Module, x_t: Tensor, t: Tensor) -> Tensor:
-        """Call a diffusers network on states (*batch, C, *size); returns its output in the same batch shape."""
+        """Call a diffusers network on states (*batch, C, *size); returns its output in the same batch shape and their dtype."""
         batch = x_t.shape[: -len(self.shape)]
         time = self.schedule.network_time(t).to(x_t.device, x_t.dtype).expand(batch).flatten()
-        output = network(x_t.reshape(-1, *x_t.shape[len(batch) :]), time).sample
-        return output.reshape(*batch, *output.shape[1:])
+        with nullcontext() if self.autocast is None else torch.autocast(x_t.device.type, self.autocast):
+            output = network(x_t.reshape(-1, *x_t.shape[len(batch) :]), time).sample
+        return output.reshape(*batch, *output.shape[1:]).to(x_t.dtype)
 
     def denoiser_error(self, t):
         return None if self.error is None else self.error(t)

@@ -94,9 +94,12 @@ class Prior(Chain):
     are; a network's in Gaussian steps are not). `white` says that x_0 ~ N(0, I), too.
 
     A plain `decode` (the identity) means that data and chain share a space; `data_shape` is the shape of decode(x_0).
+
+    `autocast` is a dtype for the networks alone (bfloat16), while states, guides and densities keep theirs.
     """
 
     exact_reversal = white = False
+    autocast: torch.dtype | None = None
     _data_shape: torch.Size | None = None  # once it is known
 
     def __init__(self, shape, schedule, steps, eta: float = 1.0, variance: str = "analytic", min_std: float = 0.01):

@@ -1,9 +1,10 @@
 """Training a posterior with lightning: wiring only. The mathematics is in `training`, `objectives` and `behaviours`."""
 
+import functools
 import logging
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,8 +28,20 @@ from rtb_inverse.posterior import Posterior
 from rtb_inverse.training import denoising_loss, line_search, path_backward, score, step_weights
 
 OBJECTIVES = ("rtb", "vargrad", "wake_sleep")
+PRECISIONS = {"32-true": None, "64-true": None, "bf16-mixed": torch.bfloat16}  # of the trainer, to that of the networks
 HELD = 64  # observations on which bounds are compared
 LEAST = 0.1  # share of the draws that enter a wake-sleep buffer with their weights: fewer, again and again, would be all it ever holds
+
+
+def networks_alone(step: Callable) -> Callable:
+    """Lightning's autocast is for the networks (`Prior.autocast`): guides, likelihoods and densities keep their precision."""
+
+    @functools.wraps(step)
+    def in_full(module, batch, index):
+        with torch.autocast(module.device.type, enabled=False):
+            return step(module, batch, index)
+
+    return in_full
 
 
 class PosteriorTraining(LightningModule):
@@ -136,11 +149,19 @@ class PosteriorTraining(LightningModule):
         self._restored: dict | None = None
         self._loaded = False
 
+    # Precision --------------------------------------------------------------------------------------------------------------------
+
+    def setup(self, stage):
+        if self.trainer.precision not in PRECISIONS:
+            raise ValueError(f"precision must be 32, 64 or bf16-mixed, got {self.trainer.precision!r}: 16 bits hold no log-density")
+        self.posterior.prior.autocast = PRECISIONS[self.trainer.precision]
+
+    def teardown(self, stage):
+        self.posterior.prior.autocast = None
+
     # Sources of paths -------------------------------------------------------------------------------------------------------------
 
     def on_fit_start(self):
-        if self.trainer.precision in ("16-mixed", "16-true"):
-            raise ValueError(f"precision must be 32, 64 or bf16, got {self.trainer.precision!r}: log-densities do not fit into fp16")
         self.generator = torch.Generator(self.device).manual_seed(self.seed + self.global_rank)
         self.pool = Pool(self.posterior, **self.pool_options) if self.posterior.amortised else None
         options = self.posterior.prior._options()
@@ -164,6 +185,7 @@ class PosteriorTraining(LightningModule):
     def warm_steps(self) -> int:
         return round(self.warm_start * self.trainer.max_steps)
 
+    @networks_alone
     def training_step(self, batch, index):
         if isinstance(self.trainer.model, DistributedDataParallel):
             self.trainer.model.require_backward_grad_sync = False  # `_average_gradients` does it
@@ -311,18 +333,19 @@ class PosteriorTraining(LightningModule):
         file = self.output / checkpoints.WEIGHTS
         checkpoints.load_posterior_weights(self.posterior, checkpoints.load_weights(file), file)
 
+    @networks_alone
     def test_step(self, batch, index):
         name, source = batch
         generator = torch.Generator(self.device).manual_seed(self.seed + 1 + index)
-        held = (
-            simulate_observations(self.posterior, source, generator) if name == "simulated" else observe(self.posterior, source, generator)
-        )
+        look = simulate_observations if name == "simulated" else observe
+        held = look(self.posterior, source, generator)
         report = evaluate(self.posterior, held, self.test_draws, generator, chunk_size=self.chunk_size)
         print(f"\n{name} observations ({len(held.y)}, {self.test_draws} draws each)\n{report}", flush=True)
         self.log_dict({f"{name}/{key}": estimate.value for key, estimate in report.numbers.items()}, batch_size=len(held.y))
         if self.output is not None:
             report.save(self.output, f"report_{name}")
 
+    @networks_alone
     def predict_step(self, batch, index):
         y = self.posterior.check_y(batch)
         draws = self.posterior.sample(y, self.test_draws, torch.Generator(self.device).manual_seed(self.seed + 1))

@@ -281,9 +281,10 @@ class Posterior(Chain):
         here, t, condition = learnt.expand(batch), t.expand(batch), condition.expand(*batch, *condition.shape[1:])
         move = None if move is None else move[here]
         estimate, log_scale = self.network(self.prior, x_t[here], t[here], condition[here], move, first[here])
-        x_0 = torch.zeros_like(x_t).index_put((here,), estimate).index_put((~here,), self.prior.denoise(x_t[~here], t[~here]))
+        x_0 = torch.zeros_like(x_t).index_put((here,), estimate.to(x_t.dtype))
+        x_0 = x_0.index_put((~here,), self.prior.denoise(x_t[~here], t[~here]).to(x_t.dtype))
         if isinstance(log_scale, Tensor):
-            log_scale = torch.zeros_like(x_0).index_put((here,), log_scale)
+            log_scale = torch.zeros_like(x_0).index_put((here,), log_scale.to(x_0.dtype))
         return x_0, log_scale
 
     def _local(

@@ -17,6 +17,7 @@ from rtb_inverse.corrections import importance
 from rtb_inverse.data import ObservationData
 from rtb_inverse.diagnostics import effective_sample_size, elbo, sliced_wasserstein
 from rtb_inverse.evaluation import simulate_observations
+from rtb_inverse.guidance import CovarianceGuidance
 from rtb_inverse.lightning import PosteriorTraining, fit
 from rtb_inverse.posterior import Posterior
 from rtb_inverse.problems import GaussianNoise, InverseProblem, Reward
@@ -282,7 +283,33 @@ def test_two_processes_keep_the_same_weights(tmp_path):
     assert one == two and len(one) > 100
 
 
-def test_half_precision_is_refused():
+@pytest.mark.parametrize("precision", ["16-true", "bf16-true"])
+def test_half_precision_is_refused(precision):
     posterior = Posterior(GaussianMixturePrior.random(2, steps=3), InverseProblem(torch.ones(1, 2), GaussianNoise(0.5)), width=16)
-    with pytest.raises(ValueError, match="precision must be 32, 64 or bf16, got '16-true'"):
-        fit(posterior, 2, progress=False, trainer={"precision": "16-true"})
+    with pytest.raises(ValueError, match=f"precision must be 32, 64 or bf16-mixed, got '{precision}'"):
+        fit(posterior, 2, progress=False, trainer={"precision": precision})
+
+
+def test_in_bf16_mixed_the_networks_alone_are(make_prior, monkeypatch):
+    """Under Lightning's autocast states, guide and densities keep their dtype; after training nothing is left of it."""
+    prior, seen = make_prior("unet2d"), set()
+    problem = InverseProblem(lambda x: x.flatten(1)[:, :2], GaussianNoise(0.3))
+    posterior = Posterior(prior, problem)
+    assert posterior.exact_end and isinstance(posterior.guide, CovarianceGuidance)
+
+    def note(module, args, output):
+        seen.add((torch.is_autocast_enabled("cpu"), output.sample.dtype))
+
+    guided = type(posterior.guide).forward
+
+    def forward(guide, *args):
+        assert not torch.is_autocast_enabled("cpu") and args[0].dtype == torch.float32
+        return guided(guide, *args)
+
+    monkeypatch.setattr(type(posterior.guide), "forward", forward)
+    for network in (posterior.network.network, prior.network):
+        network.register_forward_hook(note)
+    options = {"states": 16, "pool_start": 16, "slots": 4, "draws": 2, "warm_start": 0.5, "bounds": 1}
+    fit(posterior, 3, progress=False, trainer={"precision": "bf16-mixed"}, **options)
+    assert seen == {(True, torch.bfloat16)} and prior.autocast is None
+    assert all(p.isfinite().all() and p.dtype == torch.float32 for p in posterior.parameters())
