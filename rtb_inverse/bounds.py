@@ -16,6 +16,8 @@ from rtb_inverse.chains import Trajectory, path_log_prob, rollout
 from rtb_inverse.diagnostics import Estimate, elbo, eubo
 from rtb_inverse.posterior import Posterior
 
+OWN = 2**20  # in the low 32 bits of a seed, which are all that torch uses on the CPU
+
 
 class BoundsOverTraining:
     """Both bounds of a posterior in training, time and again on the same observations and with the same random numbers, so that what
@@ -43,8 +45,9 @@ class BoundsOverTraining:
         if y is None and posterior.amortised:
             self._simulate()
 
-    def _generator(self) -> Generator:
-        return Generator(self.posterior.gate.device).manual_seed(self.seed)
+    def _generator(self, own: bool = False) -> Generator:
+        """Other noise for the posterior's own paths than for those that y was simulated from: else they would know the truth."""
+        return Generator(self.posterior.gate.device).manual_seed(self.seed ^ OWN if own else self.seed)
 
     def _simulate(self) -> None:
         """One prior roll-out for each observation, and the log-density of it together with its y."""
@@ -58,7 +61,7 @@ class BoundsOverTraining:
     def log_weights(self) -> tuple[Tensor, Tensor | None]:
         """log w of paths of the posterior's own, (1, B), and, where y was simulated, of the exact one's, (1, B)."""
         posterior = self.posterior
-        paths = rollout(posterior, self.n if self.paths is None else 1, self.y, self._generator())
+        paths = rollout(posterior, self.n if self.paths is None else 1, self.y, self._generator(own=True))
         log_joint = path_log_prob(posterior.prior, paths, self.chunk_size) + posterior.log_likelihood(paths.x_0, paths.y)
         own = (log_joint - paths.log_prob).flatten()[None]
         return own, None if self.paths is None else self.log_joint - path_log_prob(posterior, self.paths, self.chunk_size)

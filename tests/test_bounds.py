@@ -48,6 +48,13 @@ def train(folder=None, ckpt_path=None, stop_at: int = -1, problem=None, **option
     return module
 
 
+def test_own_paths_do_not_know_the_truth():
+    """Of the prior as a posterior, whose paths are those that y was simulated from if the noise is the same."""
+    bounds = BoundsOverTraining(make(start="prior"), observations=64)
+    own, exact = bounds.log_weights()
+    assert abs(torch.corrcoef(torch.cat([own, exact]))[0, 1]) < 0.5 and float(bounds.gap()) > 0.5
+
+
 def test_the_bounds_hold_the_exact_evidence():
     """Of the prior as a posterior: both gaps to the closed-form log Z are well resolved; the exact log w of the roll-outs is used."""
     posterior = make(start="prior")

@@ -374,13 +374,18 @@ METHODS = {
 
 
 def counted(posterior: Posterior) -> list[int]:
-    """A counter of the states that pass through the posterior's network."""
-    count = [0]
+    """A counter of the states that pass through the posterior's network, or, where that is not learnt, the prior's in its place."""
+    count, estimate = [0], posterior._estimate
 
     def hook(module, args):
         count[0] += args[1].numel() // posterior.shape.numel()
 
+    def counting(x_t, t, learnt, *args):
+        count[0] += int((~learnt).expand(x_t.shape[: x_t.ndim - len(posterior.shape)]).sum())
+        return estimate(x_t, t, learnt, *args)
+
     posterior.network.register_forward_pre_hook(hook)
+    posterior._estimate = counting
     return count
 
 
