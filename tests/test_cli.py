@@ -50,7 +50,7 @@ def fitted(tmp_path_factory):
     output = tmp_path_factory.mktemp("fit") / "new" / "folder"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        posterior = task("fit", output, "--trainer.max_steps", "4").model.posterior
+        posterior = task("fit", output, "--trainer.max_steps", "4", f"{MODEL}.line_search", "false").model.posterior
     return output, posterior
 
 
