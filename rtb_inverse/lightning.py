@@ -34,14 +34,19 @@ LEAST = 0.1  # share of the draws that enter a wake-sleep buffer with their weig
 
 
 def networks_alone(step: Callable) -> Callable:
-    """Lightning's autocast is for the networks (`Prior.autocast`): guides, likelihoods and densities keep their precision."""
+    """Lightning's autocast is for the networks (`Prior.autocast`), step by step: guides, likelihoods, densities keep their precision."""
 
     @functools.wraps(step)
-    def in_full(module, batch, index):
-        with torch.autocast(module.device.type, enabled=False):
-            return step(module, batch, index)
+    def alone(module, batch, index):
+        prior = module.posterior.prior
+        prior.autocast = PRECISIONS[module.trainer.precision]
+        try:
+            with torch.autocast(module.device.type, enabled=False):
+                return step(module, batch, index)
+        finally:
+            prior.autocast = None
 
-    return in_full
+    return alone
 
 
 class PosteriorTraining(LightningModule):
@@ -149,15 +154,9 @@ class PosteriorTraining(LightningModule):
         self._restored: dict | None = None
         self._loaded = False
 
-    # Precision --------------------------------------------------------------------------------------------------------------------
-
     def setup(self, stage):
         if self.trainer.precision not in PRECISIONS:
             raise ValueError(f"precision must be 32, 64 or bf16-mixed, got {self.trainer.precision!r}: 16 bits hold no log-density")
-        self.posterior.prior.autocast = PRECISIONS[self.trainer.precision]
-
-    def teardown(self, stage):
-        self.posterior.prior.autocast = None
 
     # Sources of paths -------------------------------------------------------------------------------------------------------------
 
