@@ -144,7 +144,7 @@ def bounds_figure(curve: list[dict], file: str | Path) -> None:
             steps, values, errors = zip(*points, strict=True)
             ax.errorbar(steps, values, errors, fmt=line, color=colour, ms=4, lw=1.2, capsize=2, label=label)
     ax.set(xlabel="optimiser steps", ylabel="nats", title="evidence bounds over training")
-    ax.legend(fontsize=8, frameon=False)
+    ax.legend(fontsize=8, frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))  # below, clear of the error bars
     fig.tight_layout(pad=0.5)
     fig.savefig(file)
     plt.close(fig)
