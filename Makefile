@@ -16,7 +16,7 @@ BIN := .venv/bin
 	@touch $@
 
 test: .venv
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 lint: .venv
 	$(BIN)/python -m ruff check
