@@ -1,8 +1,9 @@
 """Posteriors on the MNIST prior: the guided start, and what training makes of it, beside DPS and the prior with importance weights:
 
-    python benchmarks/mnist_posteriors.py [--tasks "inpainting, box" ...] [--steps 0] [--prior priors/mnist] [--output FOLDER]
+    python benchmarks/mnist_posteriors.py [--tasks "inpainting, box" ...] [--steps 0] [--real FOLDER] [--output FOLDER]
 
-Observations simulated from the prior, the same for all rows. Per row:
+Observations simulated from the prior, the same for all rows but those "of real digits": of the test part of MNIST in FOLDER, that nothing
+was trained on. Per row:
 
     log-likelihood      of the draws, in the mean; that of the truth is in the title
     ELBO, EUBO, log Z   bounds of the log evidence (log Z: by importance weights, SMC, or prior draws weighted by their likelihood)
@@ -11,7 +12,7 @@ Observations simulated from the prior, the same for all rows. Per row:
     coverage            of the pixel-wise intervals whose level is in brackets
     draws per second    of one thread
 
-Each zeta of DPS is the best of four by CRPS on four observations of their own. At 120 steps it runs another chain than the 30-step one of
+Each zeta of DPS is the best of five by CRPS on four observations of their own. At 120 steps it runs another chain than the 30-step one of
 all other rows. For the problems of `MODES` the classes of draws are counted (by the shipped classifier), on the observations whose own
 draws are the least sure, beside those of a long run: SMC with many particles, with the standard error of its log Z by their ancestors;
 where that is not small, few of them have survived, and their shares are no reference.
@@ -34,10 +35,11 @@ import torch
 from torch import Generator, Tensor
 
 from priors import DiffusersPrior, MNISTClassifier
+from priors.mnist_data import mnist
 from rtb_inverse import Posterior, evaluate, fit, simulate_observations, smc
 from rtb_inverse.baselines import dps, tuned_zeta
 from rtb_inverse.diagnostics import Estimate, crps, interval_coverage, interval_level, psnr
-from rtb_inverse.evaluation import Observations, Report
+from rtb_inverse.evaluation import Observations, Report, observe
 from rtb_inverse.particles import Particles
 from tasks.gallery import EXAMPLES
 
@@ -55,7 +57,8 @@ TRAINING = {
     "pool_start": 1024,
 }
 PLAIN = str.maketrans({" ": "_", ",": None, "×": "x"})
-ZETAS = (0.1, 0.3, 1.0, 3.0)
+ZETAS = (0.1, 0.3, 1.0, 3.0, 6.0)
+BOUNDS = {"ELBO": "elbo", "log Z": "log_z_is", "EUBO": "eubo"}
 COLUMNS = ("log-likelihood", "ELBO", "log Z", "EUBO", "PSNR", "CRPS", "spread", "coverage", "draws per second", "draws")
 
 
@@ -144,7 +147,7 @@ def compare(task: str, args: argparse.Namespace) -> str:
     problem, rows = posterior.problem, {}
     held = simulate_observations(posterior, OBSERVATIONS, Generator().manual_seed(12345))
 
-    def add(name: str, draws: Particles, seconds: float, **further) -> None:
+    def add(name: str, draws: Particles, seconds: float, held: Observations = held, **further) -> None:
         rows[name] = numbers(held, draws, seconds, problem.log_likelihood(draws.x, held.y)) | further
 
     if args.rivals:
@@ -153,11 +156,11 @@ def compare(task: str, args: argparse.Namespace) -> str:
         weighted = Particles(bank, problem.log_likelihood(bank, held.y))
         add("prior, importance", weighted.resample(DRAWS, Generator().manual_seed(2)), seconds, **{"log Z": Estimate.of(weighted.log_z)})
 
-    def judge(name: str, posterior: Posterior) -> Report:
+    def judge(name: str, posterior: Posterior, held: Observations = held) -> Report:
         report = evaluate(posterior, held, DRAWS, Generator().manual_seed(54321))
         _, seconds = timed(lambda: posterior.sample(held.y[:4], 8, Generator().manual_seed(0)))
-        bounds = {"ELBO": report.numbers["elbo"], "log Z": report.numbers["log_z_is"], "EUBO": report.numbers["eubo"]}
-        add(name, report.draws, seconds * DRAWS * OBSERVATIONS / 32, **bounds)
+        bounds = {title: report.numbers[of] for title, of in BOUNDS.items() if of in report.numbers}
+        add(name, report.draws, seconds * DRAWS * OBSERVATIONS / 32, held, **bounds)
         return report
 
     judge("ours, one look, no references", Posterior(prior, EXAMPLES[task](prior.shape), second_look=False, references=False))
@@ -167,6 +170,10 @@ def compare(task: str, args: argparse.Namespace) -> str:
             options = TRAINING | json.loads(args.options)
             _, training = timed(lambda: fit(posterior, args.steps, 0, progress=False, bounds=0, **options))
         report = judge("ours, trained", posterior)
+    if args.real:
+        digits = observe(posterior, mnist(args.real, "test")[0][:OBSERVATIONS], Generator().manual_seed(12345))
+        truth = Estimate.of(problem.log_likelihood(digits.x, digits.y))
+        judge(f"{'ours, trained' if args.steps else 'ours, untrained'}, of real digits (truth {truth})", posterior, digits)
     report.save_panel(args.output / f"mnist_{task.translate(PLAIN)}.png", rows=4, columns=10)
     budget = BUDGET * posterior.evaluations()
     corrected, seconds = timed(lambda: smc(posterior, held.y, DRAWS // 2, Generator().manual_seed(0), budget=budget))
@@ -204,6 +211,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=0, help="of each training; 0: the guided start only")
     parser.add_argument("--options", default="{}", help="JSON of further training options")
     parser.add_argument("--rivals", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--real", type=Path, help="folder of MNIST")
     parser.add_argument("--prior", default="priors/mnist")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)
     parser.add_argument("--processes", type=int, default=2)

@@ -76,8 +76,13 @@ def check_writable(name: str, folder: str | os.PathLike) -> Path:
         raise ValueError(f"{name} must be a folder that can be written to, got {str(folder)!r} ({error.strerror})") from error
 
 
+def seeded(seed: int) -> torch.Generator:
+    """A generator of its own, on the CPU, so that a seed means the same on every device; ValueError for a seed that is no integer >= 0."""
+    return torch.Generator().manual_seed(check_count("seed", seed, 0))
+
+
 def check_fraction(name: str, value: float) -> float:
     """Return `value` if it is in [0, 1]; raise ValueError otherwise."""
-    if not 0 <= value <= 1:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
         raise ValueError(f"{name} must be in [0, 1], got {value!r}")
     return value

@@ -68,10 +68,12 @@ class Noise(nn.Module):
     Attributes:
         support: what y has to be, in words.
         domain: what `clean` has to be, in words.
+        shared: parameters that are not one number per element of y.
     """
 
     support: ClassVar[str] = "finite"
     domain: ClassVar[str] = "finite"
+    shared: ClassVar[tuple[str, ...]] = ()
 
     def given(self, clean: Tensor) -> Distribution:
         """p(y | a) of each element of `clean`; it has to be finite outside of the domain too."""
@@ -121,6 +123,16 @@ class Noise(nn.Module):
     def whiten(self, clean: Tensor, residual: Tensor) -> Tensor:
         """C^{-1/2} residual, for C = Cov[y | A(x)]: a residual y - mean(clean) gets covariance 1. Linear in the residual."""
         return residual / self.variance(clean).clamp_min(1e-12).sqrt()
+
+    def check_shape(self, y_shape: torch.Size) -> None:
+        """ValueError where a parameter is not one number, or one per element of a y of shape `y_shape`."""
+        for name, value in self.named_buffers():
+            sizes = zip(reversed(value.shape), reversed(y_shape), strict=False)
+            if name not in self.shared and (value.ndim > len(y_shape) or any(size not in (1, of) for size, of in sizes)):
+                title = "noise_std" if name == "std" else name
+                raise ValueError(
+                    f"{title} of {type(self).__name__} must be a number or broadcast to y, {tuple(y_shape)}, got shape {tuple(value.shape)}"
+                )
 
     def check(self, y: Tensor) -> Tensor:
         """y, if the model can give it; ValueError otherwise."""
@@ -222,6 +234,10 @@ class CorrelatedGaussianNoise(Noise):
             )
         self.register_buffer("covariance", covariance)
         self.register_buffer("scale_tril", factor, persistent=False)
+
+    def check_shape(self, y_shape):
+        if tuple(y_shape) != tuple(self.event_shape):
+            raise ValueError(f"covariance must be of y, {tuple(y_shape)} twice, got shape {tuple(self.covariance.shape)}")
 
     def _flat(self, y: Tensor) -> Tensor:
         """(*batch, *y_shape) to (*batch, m)."""
@@ -504,6 +520,7 @@ class QuantisedNoise(Noise):
     """
 
     support = "the number of a bin, 0, 1, ... to the number of edges,"
+    shared = ("edges",)
     std: Tensor
     edges: Tensor
 

@@ -57,7 +57,11 @@ class NoiseRange(InverseProblem):
         if not isinstance(problem, InverseProblem) or not isinstance(problem.noise, GaussianNoise):
             was = type(getattr(problem, "noise", problem)).__name__
             raise TypeError(f"problem must be an InverseProblem with GaussianNoise, got one of {was}")
-        super().__init__(problem, NoiseLevel(low, high), problem.shape)
+        noise = NoiseLevel(low, high)
+        problem = problem.at_condition_level((low * high) ** 0.5)
+        super().__init__(problem, noise, problem.shape)
+        if problem.smoothed is not None:
+            self.smoothed = self._smoothed
         if problem.config is not None:
             self.config = {"low": low, "high": high, "problem": {"class_path": class_path(problem), "config": problem.config}}
 
@@ -78,7 +82,7 @@ class NoiseRange(InverseProblem):
         Raises:
             ValueError: a measurement that the problem refuses; a level out of range.
         """
-        measurement = self.operator.check_y(measurement)
+        measurement = check_tensor("measurement", measurement, self.operator.y_shape)
         return self.check_y(self._join(measurement, torch.as_tensor(level).to(measurement).expand(len(measurement)).log()))
 
     def _join(self, measurement: Tensor, log_level: Tensor) -> Tensor:
@@ -108,6 +112,10 @@ class NoiseRange(InverseProblem):
         measurement, log_level = self.split(y)
         return self.operator.residual(x, measurement) / self._over_measurement(log_level.exp())
 
+    def _smoothed(self, mean, y, variance):
+        measurement, log_level = self.split(y)
+        return self.operator.smoothed(mean, measurement, variance, self._over_measurement(log_level.exp()))  # type: ignore[misc]
+
     def check_y(self, y):
         share = self.noise.share(check_tensor("y", y, self.y_shape)[:, -1])
         bad = (share < -1e-4) | (share > 1 + 1e-4)  # rounding
@@ -117,10 +125,12 @@ class NoiseRange(InverseProblem):
                 f"y must end in the logarithm of a noise level in [{low:g}, {high:g}] (see `observation`), "
                 f"got level {float(y[bad][0, -1].exp()):.6g}"
             )
+        measurement, log_level = self.split(y)
+        self.operator._check_range(measurement, self._over_measurement(log_level.exp()))
         return y
 
     def condition(self, y):
-        """What the problem shows of the measurement, and the log-level, from -1 to 1: one more element, or one more channel."""
+        """What the problem shows of the measurement at the middle level, and the log-level, from -1 to 1: one more element, or channel."""
         measurement, log_level = self.split(y)
         seen, level = self.operator.condition(measurement), 2 * self.noise.share(log_level) - 1
         return torch.cat([seen, level.reshape(-1, 1, *(1,) * (seen.ndim - 2)).expand(len(y), 1, *seen.shape[2:])], 1)

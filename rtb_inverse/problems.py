@@ -1,5 +1,6 @@
 r"""Measurement models y = A(x) + noise, as normalised likelihoods p(y | x), so that Z(y) = int p(x) p(y | x) dx is the evidence."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from rtb_inverse.checks import check_finite, check_tensor
 from rtb_inverse.noise import GaussianNoise, Noise, noise_from_config
 from rtb_inverse.particles import check_below_infinity
 
+BEYOND = 10  # standard deviations of Gaussian noise, beyond which a y is a mistake (of its units, say)
 POINTS = 8  # where the Jacobian of an operator that is not affine is taken, for `condition`
 
 __all__ = ["GaussianNoise", "InverseProblem", "MatrixOperator", "Reward"]
@@ -41,14 +43,19 @@ class InverseProblem(nn.Module):
         shape, y_shape: shapes of one x and one y; known once `shape` is.
         config: what `from_config` needs, beside the buffers, to rebuild the problem (JSON); None where only code can.
         mask: for operators that pick elements of x, the boolean mask of `shape` they pick; else None.
+        y_range: for bounded operators, the least and the largest value that A(x) can have; else None.
         smoothed: for problems that see each element of x by itself, the logarithm of int N(x; mean, variance) p(y | x) dx, element by
-            element: a function of mean, y (B, *shape) and variance, which broadcast to (*batch, *shape); else None.
+            element: a function of mean, y (B, *shape) and variance, which broadcast to (*batch, *shape); else None. For a `NoiseRange`
+            it takes the noise level of each y as well.
+        condition_level: the noise that `condition` reckons with, as a multiple of that of the problem: other than 1 inside a `NoiseRange`.
     """
 
     operator: Callable[[Tensor], Tensor]
     noise: Any  # a module with sample(clean, generator) and log_prob(clean, y, event_dim); see `noise.Noise` for what else it may know
     mask: Tensor | None
     config: dict | None = None
+    condition_level = 1.0
+    y_range: tuple[float, float] | None = None
     smoothed: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
     _check_clean = staticmethod(check_finite)
     _called = "operator"
@@ -57,6 +64,9 @@ class InverseProblem(nn.Module):
         super().__init__()
         if not isinstance(operator, Tensor) and not callable(operator):
             raise TypeError(f"operator must be a callable or a matrix, got {type(operator).__name__}")
+        if isinstance(operator, Tensor) and (operator.ndim != 2 or not operator.is_floating_point()):
+            hint = "; torch.view_as_real makes a real one" if operator.is_complex() else ""
+            raise TypeError(f"operator must be a real matrix (m, d), got {operator.dtype} of shape {tuple(operator.shape)}{hint}")
         if not isinstance(noise, nn.Module):
             raise TypeError(f"noise must be a noise model such as GaussianNoise(std), got {noise!r}")
         self.operator = MatrixOperator(operator) if isinstance(operator, Tensor) else operator
@@ -121,6 +131,8 @@ class InverseProblem(nn.Module):
             atol = 1e-4 * float(clean.abs().max() + 1e-12)
             additive = torch.allclose(clean[2] + zero, clean[0] + clean[1], rtol=1e-4, atol=atol)
             self.linear = bool(additive and torch.allclose(2 * zero, clean[0] + mirrored, rtol=1e-4, atol=atol))
+        if isinstance(self.noise, Noise):
+            self.noise.check_shape(clean.shape[1:])
         self.y_shape = clean.shape[1:]
 
     def _check_alone(self, x: Tensor, clean: Tensor) -> None:
@@ -169,9 +181,19 @@ class InverseProblem(nn.Module):
         return isinstance(self.noise, Noise) or type(self).residual is not InverseProblem.residual
 
     def check_y(self, y: Tensor) -> Tensor:
-        """y if it is a finite, floating-point batch (B, *y_shape) that the noise model can give; one clear error otherwise."""
+        """y if it is a finite, floating-point batch (B, *y_shape) that operator and noise model can give; one clear error otherwise."""
         y = check_tensor("y", y, self.y_shape)
-        return self.noise.check(y) if isinstance(self.noise, Noise) else y
+        return self._check_range(self.noise.check(y)) if isinstance(self.noise, Noise) else y
+
+    def _check_range(self, y: Tensor, level: Tensor | float = 1.0) -> Tensor:
+        """y if it lies no more than `BEYOND` standard deviations, `level` times those of the noise, outside of `y_range`."""
+        if self.y_range is not None:
+            (low, high), reach = self.y_range, BEYOND * level * self.noise.std.to(y.device)
+            bad = (y < low - reach) | (y > high + reach)
+            if bad.any():
+                expected = f"what the operator gives, [{low:g}, {high:g}], and no more than {BEYOND} noise_std beyond"
+                raise ValueError(f"y must be within {expected}, got {float(y[bad][0]):.6g} ({int(bad.sum())} such elements)")
+        return y
 
     def condition(self, y: Tensor) -> Tensor:
         """What the posterior network sees of y, (B, *y_shape) to (B, C, *spatial) for x of shape (c, *spatial), (B, m) for x of shape (d,).
@@ -195,6 +217,13 @@ class InverseProblem(nn.Module):
             self._units = float(known.mean()), float(known.std(correction=0)) or 1.0
         shift, scale = self._units
         return (self._shown(y) - shift) / scale
+
+    def at_condition_level(self, level: float) -> "InverseProblem":
+        """The same problem, operator and noise shared, but for its `condition_level`."""
+        other = copy.copy(self)
+        other._buffers = dict(self._buffers)
+        other.condition_level = level
+        return other
 
     def _points(self) -> Tensor:
         """A few fixed x ~ N(0, I)."""

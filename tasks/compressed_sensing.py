@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Generator, Tensor, nn
 
-from rtb_inverse.checks import check_choice
+from rtb_inverse.checks import check_choice, seeded
 from rtb_inverse.problems import MatrixOperator
 from tasks.linear import LinearTask, check_ratio, image_shape
 
@@ -85,7 +85,7 @@ class CompressedSensing(LinearTask):
     """
 
     def __init__(self, shape, kind: str = "gaussian", ratio: float = 0.5, seed: int = 0, noise_std: float = 0.05):
-        shape, generator = image_shape(shape), Generator().manual_seed(seed)
+        shape, generator = image_shape(shape), seeded(seed)
         check_choice("kind", kind, ("gaussian", "hadamard", "fourier")), check_ratio("ratio", ratio)
         d, (H, W) = shape.numel(), shape[1:]
         m = max(1, round(ratio * d))

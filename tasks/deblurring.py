@@ -1,9 +1,9 @@
 """Deblurring: y is the convolution of x with a known kernel. The kernels are functions here, (size, size), of sum 1, for others to use."""
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
-from rtb_inverse.checks import check_choice, check_count, check_finite, check_positive
+from rtb_inverse.checks import check_choice, check_count, check_finite, check_positive, seeded
 from tasks.linear import LinearTask, image_shape
 
 KERNELS = ("gaussian", "anisotropic", "motion")
@@ -38,16 +38,24 @@ def motion_kernel(size: int, seed: int = 0) -> Tensor:
     2015, arXiv 1406.7444), the same for the same seed."""
     from deepinv.physics.generator import MotionBlurGenerator
 
-    kernel = MotionBlurGenerator((odd_size(size),) * 2, rng=Generator().manual_seed(seed)).step()["filter"][0, 0]
+    kernel = MotionBlurGenerator((odd_size(size),) * 2, rng=seeded(seed)).step()["filter"][0, 0]
     return kernel / kernel.sum()
 
 
 def read_kernel(kernel) -> Tensor:
     """A kernel that the user gave, as it is: a tensor, an array or nested lists (h, w), both sides odd."""
-    kernel = torch.as_tensor(kernel).float()
+    try:
+        kernel = torch.as_tensor(kernel)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"kernel must be one of {', '.join(KERNELS)} or an array (h, w), got {kernel!r}") from error
+    if kernel.is_complex():
+        raise TypeError(f"kernel must be real, got {kernel.dtype}")
+    kernel = kernel.float()
     if kernel.ndim != 2 or any(n % 2 == 0 for n in kernel.shape):
         raise ValueError(f"kernel must be one of {', '.join(KERNELS)} or have shape (h, w), both odd, got shape {tuple(kernel.shape)}")
-    return check_finite("kernel", kernel)
+    if not check_finite("kernel", kernel).any():
+        raise ValueError("kernel must have an element that is not 0, got none: it would see nothing")
+    return kernel
 
 
 class Blur(nn.Module):

@@ -42,6 +42,7 @@ class HDR(InverseProblem):
         self.scale = check_positive("scale", scale)
         self.limits = check_limits(limits)
         super().__init__(self.observed, GaussianNoise(noise_std), linear=False)
+        self.y_range = self.limits
         self.config = {"shape": list(shape), "scale": self.scale, "limits": list(self.limits), "noise_std": float(noise_std)}
         self.bind(shape)
 
@@ -49,9 +50,9 @@ class HDR(InverseProblem):
         """clip(scale x), (M, *shape)."""
         return (self.scale * x).clamp(*self.limits)
 
-    def smoothed(self, mean, y, variance):
-        """log int N(x; mean, variance) p(y | x) dx, element by element, by the three cases above."""
-        (low, high), scale, std = self.limits, self.scale, self.noise.std.to(mean.dtype)
+    def smoothed(self, mean, y, variance, level=1.0):
+        """log int N(x; mean, variance) p(y | x) dx, element by element, by the three cases above; of noise of `level` times noise_std."""
+        (low, high), scale, std = self.limits, self.scale, level * self.noise.std.to(mean.dtype)
         spread = variance.sqrt()
         total = std**2 + scale**2 * variance
         seen, left = mean + scale * variance / total * (y - scale * mean), (variance / total).sqrt() * std  # of x, if not clipped
@@ -67,7 +68,7 @@ class HDR(InverseProblem):
         """y / scale, and channels that say where it is clipped: 1 within one noise_std of the upper limit or above, -1 of the lower one or
         below, else 0. (B, 2 C, *spatial); (B, 2 d) for x of shape (d,)."""
         low, high = self.limits
-        std = self.noise.std.to(y.dtype)
+        std = self.condition_level * self.noise.std.to(y.dtype)
         clipped = (y > high - std).to(y.dtype) - (y < low + std).to(y.dtype)
         return torch.cat([y / self.scale, clipped], 1)
 

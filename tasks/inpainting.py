@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rtb_inverse.checks import check_number, seeded
 from rtb_inverse.problems import GaussianNoise, InverseProblem
 
 MASKS = ("box", "half", "random", "scratches")
@@ -33,9 +34,9 @@ def make_mask(kind: str, shape, hidden: float = 0.5, seed: int = 0) -> Tensor:
     elif kind == "scratches":
         if len(spatial) != 2:
             raise ValueError(f"mask 'scratches' is for images: shape must be (C, H, W), got {tuple(shape)}")
-        draw_scratches(seen, round(hidden * seen.numel()), torch.Generator().manual_seed(seed))
+        draw_scratches(seen, round(hidden * seen.numel()), seeded(seed))
     else:
-        order = torch.randperm(spatial.numel(), generator=torch.Generator().manual_seed(seed))
+        order = torch.randperm(spatial.numel(), generator=seeded(seed))
         seen.view(-1)[order[: round(hidden * spatial.numel())]] = False
     return seen.expand(shape).clone()
 
@@ -69,7 +70,10 @@ def read_mask(mask, shape) -> Tensor:
             from PIL import Image
 
             mask = np.asarray(Image.open(path).convert("L")) > 127
-    mask = torch.as_tensor(mask)
+    try:
+        mask = torch.as_tensor(mask)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"mask must be one of {', '.join(MASKS)}, an array or the path of a file, got {mask!r}") from error
     if mask.dtype.is_floating_point or mask.dtype.is_complex or not bool(((mask == 0) | (mask == 1)).all()):
         raise TypeError(f"mask must be boolean (True where x is seen) or integers 0 and 1, got dtype {mask.dtype}")
     if tuple(mask.shape) not in (tuple(shape), tuple(shape[1:])):
@@ -92,8 +96,7 @@ class Inpainting(InverseProblem):
 
     def __init__(self, shape, mask="box", noise_std: float = 0.1, hidden: float = 0.5, seed: int = 0):
         shape = torch.Size(shape)
-        if not 0 <= hidden < 1:
-            raise ValueError(f"hidden must be in [0, 1), got {hidden!r}")
+        check_number("hidden", hidden, 0, 1)
         seen = make_mask(mask, shape, hidden, seed) if isinstance(mask, str) and mask in MASKS else read_mask(mask, shape)
         if not seen.any():
             raise ValueError("mask must see at least one element of x, got a mask that is False everywhere")

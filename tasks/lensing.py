@@ -168,13 +168,13 @@ class Lensing(LinearTask):
     def condition(self, y):
         """On the source's grid, (B, 2, n, n): the mean of a white x ~ N(sky, I) given y, sky + (A^T A + noise_std^2)^{-1} A^T y, and the
         sensitivity. By a matrix, made when it is first asked for, or, where that is too large, by a few conjugate gradients."""
-        back, variance, A = self.operator.pull(y), self.noise.std.to(y.dtype) ** 2, self.operator
+        back, variance, A = self.operator.pull(y), (self.condition_level * self.noise.std.to(y.dtype)) ** 2, self.operator
         if self.shape.numel() ** 2 > DENSE_LIMIT:
             x = conjugate_gradients(lambda v: A.pull(A.product(v)) + variance * v, back, self.iterations)
         else:
             if self.inverse is None:
                 square = self.matrix.double().T @ self.matrix.double()
-                square.diagonal().add_(self.noise.std.double() ** 2)
+                square.diagonal().add_((self.condition_level * self.noise.std.double()) ** 2)
                 self.inverse = torch.linalg.inv(square).to(A.values.dtype)
             x = (back.flatten(1) @ self.inverse.to(y.dtype)).reshape(back.shape)
         return torch.cat([x + A.sky, self.sensitivity.to(y.dtype).expand(len(y), -1, -1, -1)], 1)

@@ -66,14 +66,19 @@ class LinearTask(InverseProblem):
         or, where that is too large, by a few conjugate gradients."""
         if self.shape.numel() * self.y_shape.numel() > DENSE_LIMIT:
             pull = torch.func.vjp(self.operator, y.new_zeros((len(y), *self.shape)))[1]  # type: ignore[misc]  # three only with has_aux
-            variance = self.noise.std.to(y.dtype) ** 2
+            variance = (self.condition_level * self.noise.std.to(y.dtype)) ** 2
             return conjugate_gradients(lambda v: pull(self.operator(v))[0] + variance * v, pull(y)[0], self.iterations)
         if self.inverse is None:
             A = affine(self)[0]
             square = A.double() @ A.double().T
-            square.diagonal().add_(self.noise.std.double() ** 2)
+            square.diagonal().add_((self.condition_level * self.noise.std.double()) ** 2)
             self.inverse = torch.linalg.solve(square, A.double()).T.to(A.dtype)  # A^T (A A^T + noise_std^2)^{-1}
         return (y.flatten(1) @ self.inverse.to(y.dtype).T).reshape(-1, *self.shape)
+
+    def at_condition_level(self, level):
+        other = super().at_condition_level(level)
+        other.inverse = None
+        return other
 
     def picture(self, y: Tensor) -> Tensor:
         """y laid out as images to look at, (B, 1 or 3, h, w), NaN where there is nothing."""

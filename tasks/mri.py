@@ -4,10 +4,10 @@ import math
 import warnings
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 from torch.fft import fft2, fftshift, ifftshift
 
-from rtb_inverse.checks import check_fraction
+from rtb_inverse.checks import check_fraction, seeded
 from tasks.linear import LinearTask, image_shape
 
 
@@ -17,7 +17,7 @@ def cartesian_columns(W: int, acceleration: float, central: float, seed: int) ->
     from deepinv.physics.generator import RandomMaskGenerator
 
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # all in the middle is as good a choice as others
-        generator = RandomMaskGenerator((1, W), acceleration, central, rng=Generator().manual_seed(seed))
+        generator = RandomMaskGenerator((1, W), acceleration, central, rng=seeded(seed))
         return generator.step()["mask"][0, 0, 0].bool()
 
 

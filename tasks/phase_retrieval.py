@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from rtb_inverse.checks import check_choice
+from rtb_inverse.checks import check_choice, check_number
 from rtb_inverse.problems import GaussianNoise, InverseProblem
 from tasks.linear import image_shape
 
@@ -35,11 +35,11 @@ class PhaseRetrieval(InverseProblem):
 
     def __init__(self, shape, kind: str = "amplitude", oversampling: float = 2.0, noise_std: float = 0.02):
         shape = image_shape(shape)
-        if not 1 <= oversampling < math.inf:
-            raise ValueError(f"oversampling must be finite and at least 1, got {oversampling!r}")
+        check_number("oversampling", oversampling, 1)
         self.kind = check_choice("kind", kind, ("amplitude", "intensity"))
         self.padded = tuple(math.ceil(oversampling * n) for n in shape[1:])
         super().__init__(self.observed, GaussianNoise(noise_std), linear=False)
+        self.y_range = (0.0, math.inf)
         self.config = {"shape": list(shape), "kind": kind, "oversampling": float(oversampling), "noise_std": float(noise_std)}
         self.bind(shape)
 

@@ -20,7 +20,7 @@ INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 def check_limits(limits) -> tuple[float, float]:
     """(low, high) as floats, if low < high are finite; raise ValueError otherwise."""
-    if len(limits) != 2 or not -math.inf < limits[0] < limits[1] < math.inf:
+    if not isinstance(limits, (tuple, list)) or len(limits) != 2 or not -math.inf < limits[0] < limits[1] < math.inf:
         raise ValueError(f"limits must be two finite numbers low < high, got {limits!r}")
     return float(limits[0]), float(limits[1])
 

@@ -172,7 +172,7 @@ CASES = {
         FileNotFoundError,
         "mask must be one of box, half, random, scratches, an array .* got 'bxo'",
     ),
-    "all hidden": (lambda: inpainting("random", hidden=1.0), ValueError, r"hidden must be in \[0, 1\), got 1.0"),
+    "all hidden": (lambda: inpainting("random", hidden=1.0), ValueError, "hidden must be a finite number of at least 0 below 1, got 1.0"),
     # prior and posterior
     "prior and problem disagree": (
         lambda: Posterior(PRIOR, inpainting()),

@@ -344,8 +344,8 @@ def test_the_yaml_builds_its_problem():
     [
         ({"photons": 0}, "photons must be a finite number above 0, got 0"),
         ({"photons": math.inf}, "photons must be a finite number above 0, got inf"),
-        ({"oversampling": 0.5}, "oversampling must be finite and at least 1, got 0.5"),
-        ({"oversampling": math.nan}, "oversampling must be finite and at least 1, got nan"),
+        ({"oversampling": 0.5}, "oversampling must be a finite number of at least 1, got 0.5"),
+        ({"oversampling": math.nan}, "oversampling must be a finite number of at least 1, got nan"),
         ({"background": -1.0}, "background must be a finite number of at least 0, got -1.0"),
         ({"beam_stop": -0.5}, "beam_stop must be a finite number of at least 0, got -0.5"),
         ({"beam_stop": "wide"}, "beam_stop must be a finite number of at least 0, got 'wide'"),

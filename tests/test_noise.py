@@ -295,6 +295,19 @@ def test_clean_measurements_off_the_domain_get_one_clear_error(model, message):
         InverseProblem(lambda x: x, model).simulate(torch.tensor([[1.0, -0.75]]))
 
 
+@pytest.mark.parametrize("model, message", [
+    (GaussianNoise(torch.ones(5)), r"noise_std of GaussianNoise must be a number or broadcast to y, \(3,\), got shape \(5,\)"),
+    (GaussianNoise(torch.ones(5, 1)), r"noise_std of GaussianNoise must be .* got shape \(5, 1\)"),
+    (StudentTNoise(3.0, torch.ones(2)), r"scale of StudentTNoise must be .* got shape \(2,\)"),
+    (QuantisedNoise(torch.ones(4), EDGES), r"noise_std of QuantisedNoise must be .* got shape \(4,\)"),
+    (CorrelatedGaussianNoise(torch.eye(2)), r"covariance must be of y, \(3,\) twice, got shape \(2, 2\)"),
+])  # fmt: skip
+def test_parameters_of_another_shape_get_one_clear_error(model, message):
+    with pytest.raises(ValueError, match=message):
+        InverseProblem(lambda x: x, model, (3,))
+    assert InverseProblem(lambda x: x[..., None] * torch.ones(2), GaussianNoise(torch.ones(3, 1)), (3,)).y_shape == (3, 2)
+
+
 @pytest.mark.parametrize("make, error, message", [
     (lambda: LaplaceNoise(0.0), ValueError, "scale must be finite and above 0, got 0.0"),
     (lambda: StudentTNoise(-1.0, 1.0), ValueError, "df must be finite and above 0, got -1.0"),

@@ -11,14 +11,22 @@ from rtb_inverse.chains import path_log_prob, rollout
 from rtb_inverse.corrections import smc
 from rtb_inverse.diagnostics import effective_sample_size
 from rtb_inverse.evaluation import evaluate, simulate_observations
-from rtb_inverse.guidance import DenseGuidance, GradientGuidance, LevelGuidance, MaskGuidance, covariance_guidance, guidance
+from rtb_inverse.guidance import (
+    DenseGuidance,
+    ElementGuidance,
+    GradientGuidance,
+    LevelGuidance,
+    MaskGuidance,
+    covariance_guidance,
+    guidance,
+)
 from rtb_inverse.lightning import fit
 from rtb_inverse.noise import ComplexGaussianNoise, GaussianNoise, LaplaceNoise
 from rtb_inverse.noise_range import NoiseRange
 from rtb_inverse.particles import Particles
 from rtb_inverse.posterior import Posterior
 from rtb_inverse.problems import InverseProblem
-from tasks import Inpainting
+from tasks import HDR, Deblurring, Inpainting, Lensing
 
 D = torch.float64
 MATRIX = torch.randn((3, 4), generator=torch.Generator().manual_seed(7), dtype=D)
@@ -34,6 +42,7 @@ PROBLEMS = {
         DenseGuidance,
     ),
     "mask": (lambda level: Inpainting(MASK.shape, MASK, level), MaskGuidance),
+    "clipped": (lambda level: HDR((1, 4, 4), noise_std=level), ElementGuidance),
 }
 LEVELS = torch.tensor([0.05, 0.3, 2.0], dtype=D)
 
@@ -49,9 +58,15 @@ def randn(generator, *shape):
     return torch.randn(shape, generator=generator, dtype=D)
 
 
+def measured(problem, generator):
+    """Three measurements; of a bounded operator, far within its range."""
+    measurement = randn(generator, 3, *problem.operator.y_shape)
+    return measurement if problem.operator.y_range is None else 0.3 * measurement.tanh()
+
+
 def test_likelihood_is_that_of_the_level(named, generator):
     problem, make, _ = named
-    x, measurement = randn(generator, 5, 3, *problem.shape), randn(generator, 3, *problem.operator.y_shape)
+    x, measurement = randn(generator, 5, 3, *problem.shape), measured(problem, generator)
     y = problem.observation(measurement, LEVELS)
     assert y.shape == (3, *problem.y_shape) == (3, measurement[0].numel() + 1)
     log_likelihood = problem.log_likelihood(x, y)
@@ -83,7 +98,7 @@ def test_the_update_is_the_fixed_levels(named, scalar_time, generator):
     problem, make, kind = named
     guide = guidance(problem)
     assert isinstance(guide.guide if isinstance(guide, LevelGuidance) else guide, kind)
-    x_0, measurement = randn(generator, 2, 3, *problem.shape), 3 * randn(generator, 3, *problem.operator.y_shape)
+    x_0, measurement = randn(generator, 2, 3, *problem.shape), 3 * measured(problem, generator)
     error = 0.1 + torch.rand(problem.shape if scalar_time else (2, 1, *problem.shape), generator=generator, dtype=D)
     update = guide(x_0, problem.observation(measurement, LEVELS), error)
     for j, level in enumerate(LEVELS.tolist()):
@@ -168,6 +183,27 @@ def test_the_network_sees_the_level(generator):
     torch.testing.assert_close(seen[:, -1], expected[:, None, None].expand(3, 4, 4))
 
 
+@pytest.mark.parametrize("make", [
+    lambda level: HDR((1, 8, 8), noise_std=level),
+    lambda level: Deblurring((1, 8, 8), size=5, noise_std=level),
+    lambda level: Lensing((1, 8, 8), 8, noise_std=level),
+])  # fmt: skip
+def test_the_network_sees_what_the_middle_level_shows(make, generator):
+    """A clipped pixel is one within a noise_std of the limit; a pseudo-inverse is regularised by the noise."""
+    inner = make(1.0)
+    measurement = inner(2 * torch.rand((2, 1, 8, 8), generator=generator) - 1)
+    before = inner.condition(measurement)
+    problem = NoiseRange(inner, 0.05, 0.5)
+    seen = problem.condition(problem.observation(measurement, 0.3))[:, :-1]
+    torch.testing.assert_close(seen, make(0.025**0.5).condition(measurement))
+    assert not torch.allclose(seen, before, atol=1e-3) and torch.equal(inner.condition(measurement), before)
+
+
+def test_a_large_measurement_is_allowed_where_the_noise_is_large():
+    y = torch.full((1, 2, 2), 9.0)
+    assert torch.equal(CLIPPED.split(CLIPPED.observation(y, 8.5))[0], y)
+
+
 @pytest.mark.parametrize("kind", ["matrix", "mask"])
 def test_it_is_saved_and_rebuilt(kind, unet2d_prior, tmp_path, generator):
     prior = unet2d_prior
@@ -193,6 +229,7 @@ def test_it_is_trained_corrected_and_judged(unet2d_prior, generator):
 
 
 RANGE = NoiseRange(InverseProblem(MATRIX, GaussianNoise(1.0), (4,)), 0.1, 2.0)
+CLIPPED = NoiseRange(HDR((2, 2)), 0.1, 9.0)  # of a noise_std of 0.1
 M = torch.zeros((2, 3), dtype=D)
 
 
@@ -206,7 +243,8 @@ M = torch.zeros((2, 3), dtype=D)
     (lambda: RANGE.observation(M, 2.5), ValueError, r"y must end in the logarithm of a noise level in \[0.1, 2\] .* got level 2.5"),
     (lambda: RANGE.observation(M, torch.tensor([1.0, 0.05])), ValueError, r"noise level in \[0.1, 2\] .* got level 0.05"),
     (lambda: RANGE.observation(M, -1.0), ValueError, "y must be finite"),
-    (lambda: RANGE.observation(M[:, :2], 1.0), ValueError, r"y must have shape \(B, 3\), got \(2, 2\)"),
+    (lambda: RANGE.observation(M[:, :2], 1.0), ValueError, r"measurement must have shape \(B, 3\), got \(2, 2\)"),
+    (lambda: CLIPPED.observation(torch.full((1, 2, 2), 9.0), 0.5), ValueError, r"what the operator gives, \[-1, 1\], .* got 9"),
     (lambda: RANGE.check_y(M), ValueError, r"y must have shape \(B, 4\), got \(2, 3\)"),
 ])  # fmt: skip
 def test_bad_ranges_and_observations_get_one_clear_error(call, error, message):

@@ -151,6 +151,16 @@ def test_operator_must_be_callable():
         InverseProblem([[1.0]], GaussianNoise(0.1))
 
 
+@pytest.mark.parametrize("matrix, was", [
+    (torch.ones((2, 3), dtype=torch.complex64), r"torch.complex64 of shape \(2, 3\); torch.view_as_real makes a real one"),
+    (torch.ones((2, 3), dtype=torch.long), r"torch.int64 of shape \(2, 3\)"),
+    (torch.ones(3), r"torch.float32 of shape \(3,\)"),
+])  # fmt: skip
+def test_a_matrix_must_be_real(matrix, was):
+    with pytest.raises(TypeError, match=rf"operator must be a real matrix \(m, d\), got {was}"):
+        InverseProblem(matrix, GaussianNoise(0.1))
+
+
 def test_a_problem_keeps_its_shape():
     problem = InverseProblem(pool, GaussianNoise(0.1), IMAGE)
     assert problem.bind(IMAGE) is problem

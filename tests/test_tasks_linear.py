@@ -455,6 +455,7 @@ BAD = {
     "an own even kernel": (lambda: Deblurring(SHAPE, torch.ones(3, 2)), r"both odd, got shape \(3, 2\)"),
     "an own kernel in 3-D": (lambda: Deblurring(SHAPE, torch.ones(3, 3, 3)), r"both odd, got shape \(3, 3, 3\)"),
     "an own kernel with NaN": (lambda: Deblurring(SHAPE, torch.full((3, 3), math.nan)), "kernel must be finite"),
+    "an own kernel of zeros": (lambda: Deblurring(SHAPE, torch.zeros(3, 3)), "kernel must have an element that is not 0, got none"),
     "a large kernel": (lambda: Deblurring(SHAPE, size=9), r"kernel must be no larger than the image, \(8, 8\), got \(9, 9\)"),
     "another kernel": (lambda: Deblurring(SHAPE, "box"), "kernel must be one of gaussian, anisotropic, motion, got 'box'"),
     "another boundary": (lambda: Deblurring(SHAPE, size=3, boundary="zeros"), "boundary must be one of reflect, .* got 'zeros'"),
@@ -479,6 +480,9 @@ BAD = {
     "MRI of colours": (lambda: MRI((3, 8, 8)), r"shape must be \(1 or 2, H, W\), got \(3, 8, 8\)"),
     "colours of grey": (lambda: Colourisation(SHAPE), r"shape must be \(3, H, W\), got \(1, 8, 8\)"),
     "scratches on a vector": (lambda: Inpainting((16,), "scratches"), r"shape must be \(C, H, W\), got \(16,\)"),
+    "a seed in words": (lambda: CompressedSensing(SHAPE, seed="a"), "seed must be an integer of at least 0, got 'a'"),
+    "no seed": (lambda: MRI(SHAPE, 2, seed=None), "seed must be an integer of at least 0, got None"),
+    "half a seed": (lambda: Inpainting(SHAPE, "random", seed=1.5), "seed must be an integer of at least 0, got 1.5"),
     "an empty image": (lambda: Denoising((1, 0, 8)), "sizes in shape must be an integer of at least 1, got 0"),
 }
 CLASSES = {
@@ -491,6 +495,16 @@ CLASSES = {
 def test_bad_input_gets_one_clear_error(name):
     make, message = BAD[name]
     with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda: Deblurring(SHAPE, None), r"kernel must be one of gaussian, .* or an array \(h, w\), got None"),
+    (lambda: Deblurring(SHAPE, 1j * torch.ones(3, 3)), "kernel must be real, got torch.complex64"),
+    (lambda: Inpainting(SHAPE, None), "mask must be one of box, .* an array or the path of a file, got None"),
+])  # fmt: skip
+def test_input_of_another_kind_gets_one_clear_error(make, message):
+    with pytest.raises(TypeError, match=message):
         make()
 
 
