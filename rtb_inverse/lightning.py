@@ -61,7 +61,7 @@ class PosteriorTraining(LightningModule):
         posterior: the posterior to train, in place.
         y: one observation to specialise on, (1, *y_shape) or y_shape; None: amortised over the observations that the problem simulates.
         data: clean examples (M, *shape) to simulate from, in place of the prior's own draws.
-        warm_start: share in [0, 1] of all steps spent on the warm start.
+        warm_start: share in [0, 1] of all steps spent on the warm start; by default 0.9, or 0 where there is one y to specialise on.
         objective: of the RTB phase, "vargrad", "rtb" (learned log Z) or "wake_sleep" (on-policy paths only).
         behaviours: weights of "on_policy", "prior", "simulated", "replay".
         extra_noise: of on-policy paths at the beginning of the RTB phase, as a share of each step's standard deviation; falls linearly
@@ -77,7 +77,7 @@ class PosteriorTraining(LightningModule):
         step_fraction, chunk_size: see `training.path_backward`.
         refresh: every how many steps the pool grows; in a wake-sleep warm start, every how many steps new draws enter the buffer.
         line_search: at the end of the warm start, go back along the line to where it began, to where ELBO and EUBO are nearest to one
-            another (`training.line_search`); `kept` is how far along that is.
+            another (`training.line_search`); `kept` is how far along that is. Of one y: at the end of training, to the largest ELBO.
         bounds: how often over training, beside its end, ELBO and EUBO are measured (`BoundsOverTraining`), at least 10 steps apart; 0:
             never.
         output: folder for the finished posterior, and the bounds in training.json and .png; tried before any work. None: nothing is
@@ -87,7 +87,8 @@ class PosteriorTraining(LightningModule):
     """
 
     def __init__(
-        self, posterior: Posterior, y: Tensor | None = None, data: Tensor | None = None, *, warm_start: float = 0.9,
+        self, posterior: Posterior, y: Tensor | None = None, data: Tensor | None = None, *,
+        warm_start: float | None = None,
         objective: str = "vargrad", behaviours: dict[str, float] | None = None, extra_noise: float = 0.0, states: int = 256,
         observations: int = 8, draws: int = 8, lr: float = 2e-3, lr_rtb: float = 3e-5, lr_log_z: float = 1e-2,
         clip: float | None = 10.0, max_grad_norm: float = 1.0, ema_decay: float = 0.999, pool: int = 8192, pool_start: int = 2048,
@@ -115,6 +116,8 @@ class PosteriorTraining(LightningModule):
             raise ValueError(
                 "behaviours must be on_policy alone, without extra_noise, for wake_sleep: it needs the exact weights of its paths"
             )
+        if warm_start is None:
+            warm_start = 0.9 if y is None else 0.0
         if not 0 <= warm_start <= 1:
             raise ValueError(f"warm_start must be in [0, 1], got {warm_start!r}")
         self.warm_start, self.extra_noise = warm_start, extra_noise
@@ -162,7 +165,8 @@ class PosteriorTraining(LightningModule):
 
     def on_fit_start(self):
         self.generator = torch.Generator(self.device).manual_seed(self.seed + self.global_rank)
-        self.pool = Pool(self.posterior, **self.pool_options) if self.posterior.amortised else None
+        simulates = self.posterior.amortised and (not self.fixed or self.warm_steps() > 0)
+        self.pool = Pool(self.posterior, **self.pool_options) if simulates else None
         options = self.posterior.prior._options()
         y = None if self.y is None else self.posterior.check_y(self.y.to(self.device))
         if self.fixed:
@@ -203,8 +207,12 @@ class PosteriorTraining(LightningModule):
         torch.nn.utils.clip_grad_norm_(self.posterior.trainable(), self.max_grad_norm)
         optimizer.step()
         self.ema.update()
-        if step == warm - 1 and self.pool is not None and self.line_search:
+        if step == warm - 1 and self.line_search and not self.fixed:
+            self.ema.swap()
             self._keep_what_holds()
+            for average, parameter in zip(self.ema.averages, self.posterior.trainable(), strict=True):
+                average.copy_(parameter.detach())
+            self.log("kept", self.kept, prog_bar=True)
         self.log("loss", loss, prog_bar=True)
 
     def _measure_bounds(self, step: int) -> None:
@@ -229,20 +237,16 @@ class PosteriorTraining(LightningModule):
         return loss.detach()
 
     def _keep_what_holds(self) -> None:
-        """Of what the warm start has learnt, as much as brings both bounds nearest to one another, on observations that it has not seen:
-        the averages are moved back to there on the line to where training began, and training goes on from them."""
-        trained, strategy = self.posterior.trainable(), self.trainer.strategy
-        seed = self.seed + 1000 + self.global_rank
-        held = BoundsOverTraining(self.posterior, observations=HELD, seed=seed, chunk_size=self.chunk_size)
+        """Of what the averages in the posterior have learnt, as much as brings both bounds nearest to one another, on observations that
+        training has not seen (of one y, the ELBO nearest to the evidence, on paths of their own): on the line to where training began."""
+        strategy, seed = self.trainer.strategy, self.seed + 1000 + self.global_rank
+        y = self.store.y if self.fixed else None
+        held = BoundsOverTraining(self.posterior, y, observations=HELD, seed=seed, chunk_size=self.chunk_size)
 
         def gap() -> Tensor:
             return strategy.reduce(held.gap(), reduce_op="mean") if self.trainer.world_size > 1 else held.gap()
 
-        self.ema.swap()
-        self.kept = line_search(trained, self.began, gap)
-        for average, parameter in zip(self.ema.averages, trained, strict=True):
-            average.copy_(parameter.detach())
-        self.log("kept", self.kept, prog_bar=True)
+        self.kept = line_search(self.posterior.trainable(), self.began, gap)
 
     def _average_gradients(self) -> None:
         """Over devices. The gradient comes from several backward passes of chunks, which DistributedDataParallel's own reduction, made
@@ -371,6 +375,8 @@ class PosteriorTraining(LightningModule):
 
     def on_train_end(self):
         self.ema.swap()
+        if self.line_search and self.y is not None:
+            self._keep_what_holds()
         if not self.trainer.is_global_zero:
             return
         if self.bounds is not None:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from priors import GaussianMixturePrior
-from rtb_inverse import GaussianNoise, InverseProblem, Posterior, fit
+from rtb_inverse import GaussianNoise, InverseProblem, Posterior, PosteriorTraining, fit
 from rtb_inverse.bounds import BoundsOverTraining
 from rtb_inverse.training import line_search
 
@@ -67,3 +67,19 @@ def test_a_training_that_learns_is_kept():
         patch.setattr("rtb_inverse.lightning.line_search", spy)
         fit(p, 150, 0, **TRAINING)
     assert len(kept) == 1 and kept[0] > 0.7
+
+
+def test_one_y_is_specialised_on_without_a_warm_start_and_never_for_the_worse(make_prior):
+    """By default every step takes paths of that y, no pair is simulated; ruined by its learning rate, it is as before."""
+    p = posterior(make_prior("pixels"))
+    y = torch.tensor([0.3, -0.2])
+    module = PosteriorTraining(p, y)
+    assert module.warm_start == 0 and PosteriorTraining(p).warm_start == 0.9
+    before, held = [v.detach().clone() for v in p.trainable()], BoundsOverTraining(p, y[None], observations=256, seed=3)
+    untrained = held.gap()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rtb_inverse.lightning.Pool", None)  # not called
+        fit(p, 6, 0, y=y, lr_rtb=0.1, progress=False, bounds=0)
+    assert all(torch.equal(v, w) for v, w in zip(before, p.trainable(), strict=True)) and held.gap() == untrained
+    fit(p, 6, 0, y=y, lr_rtb=0.1, progress=False, bounds=0, line_search=False)
+    assert held.gap() > untrained + 1

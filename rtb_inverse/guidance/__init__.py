@@ -28,6 +28,7 @@ from rtb_inverse.problems import InverseProblem
 __all__ = [
     "COVARIANCE_LIMIT",
     "DENSE_LIMIT",
+    "GAUSSIAN_LIMIT",
     "LOCAL_LIMIT",
     "AffineGuide",
     "CovarianceGuidance",
@@ -50,6 +51,7 @@ __all__ = [
 
 COVARIANCE_LIMIT = 2**20  # elements of a gain that is kept for each of the K times
 LOCAL_LIMIT = 2**12  # of a gain made for each state
+GAUSSIAN_LIMIT = 2**24  # of a covariance of a Gaussian x, and of a matrix
 
 
 def guidance(
@@ -96,8 +98,9 @@ def covariance_guidance(problem: InverseProblem, prior: Prior, beta: float) -> G
             return None
         decode = prior.decode if prior.decodes else None
         return guidance(problem, decode, len(prior.shape), lambda t: beta * prior.denoiser_covariance(t))
-    size = problem.shape.numel() * problem.y_shape.numel()
-    if size <= COVARIANCE_LIMIT and prior.gaussian_covariance() is not None:
+    d, m = problem.shape.numel(), problem.y_shape.numel()
+    size = d * m
+    if d * max(d, m) <= GAUSSIAN_LIMIT and prior.gaussian_covariance() is not None:
         return GaussianGuidance(problem, prior, beta)
     if prior.exact_reversal and size <= LOCAL_LIMIT:
         return LocalGuidance(problem, prior.local_covariance, beta)

@@ -51,21 +51,25 @@ class DenseGuidance(Guide):
 
 
 class AffineGuide(Guide):
-    """A small affine operator as a matrix A (m, d), its offset, sigma^2 / beta, and the directions it sees."""
+    """A small affine operator as a matrix A (m, d), its offset, and sigma^2 / beta."""
 
     matrix: Tensor
     offset: Tensor
     noise_variance: Tensor
     basis: Tensor | None
 
-    def __init__(self, problem: InverseProblem, beta: float, unit: Tensor | None = None):
+    def __init__(self, problem: InverseProblem, beta: float):
         super().__init__()
         matrix, offset = affine(problem)
         std = problem.noise.std.expand(problem.y_shape).flatten().double()
-        basis = seen_directions(problem, matrix, std, unit)
-        for name, value in {"matrix": matrix, "offset": offset, "noise_variance": std**2 / beta, "basis": basis}.items():
+        for name, value in {"matrix": matrix, "offset": offset, "noise_variance": std**2 / beta}.items():
             self.register_buffer(name, value, persistent=False)
         self.event_dim, self.beta = len(problem.shape), beta
+
+    def see(self, problem: InverseProblem, unit: Tensor | None = None) -> None:
+        """Keep the directions that y sees as the basis."""
+        std = (self.beta * self.noise_variance).sqrt()
+        self.register_buffer("basis", seen_directions(problem, self.matrix, std, unit), persistent=False)
 
     def residual(self, x_0: Tensor, y: Tensor) -> Tensor:
         """y - A(x_0), (*batch, m)."""
@@ -91,7 +95,8 @@ class CovarianceGuidance(AffineGuide):
     def __init__(
         self, problem: InverseProblem, covariance: Callable[[Tensor], Tensor], beta: float = 1.0, unit: Tensor | None = None
     ):  # fmt: skip
-        super().__init__(problem, beta, unit)
+        super().__init__(problem, beta)
+        self.see(problem, unit)
         self.covariance = covariance
         self._known: dict[float, tuple[Tensor, Tensor]] = {}
 
@@ -140,6 +145,7 @@ class LocalGuidance(AffineGuide):
 
     def __init__(self, problem: InverseProblem, covariance: Callable[[Tensor, Tensor, Tensor], Tensor], beta: float = 1.0):
         super().__init__(problem, beta)
+        self.see(problem)
         self.covariance = covariance
 
     def at(self, x_t, t):
@@ -176,7 +182,8 @@ class GaussianGuidance(AffineGuide):
         left = C - gain @ A @ C
         for name, value in zip(("prior_variance", "prior_basis"), torch.linalg.eigh(C), strict=True):
             self.register_buffer(name, value, persistent=False)
-        variance, self.basis = torch.linalg.eigh((left + left.T) / 2)
+        variance, basis = torch.linalg.eigh((left + left.T) / 2)
+        self.register_buffer("basis", basis, persistent=False)
         self.register_buffer("variance", variance.clamp_min(1e-12), persistent=False)
         self.register_buffer("pull", self.basis.T @ A.T / self.noise_variance, persistent=False)
 
