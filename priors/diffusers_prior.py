@@ -78,7 +78,11 @@ class DiffusersPrior(Prior):
         Raises:
             FileNotFoundError: a missing folder or file. ValueError: truncated weights, pickled weights, an unknown model or scheduler.
         """
-        given = {"steps": steps, "eta": eta, "variance": variance, "min_std": min_std}
+        return cls._load(folder_or_hub_id, steps=steps, eta=eta, variance=variance, min_std=min_std)
+
+    @classmethod
+    def _load(cls, folder_or_hub_id: str | Path, **given) -> Any:
+        """From a folder, but for what is given and not None."""
         return cls(**cls._read(resolve_folder(folder_or_hub_id)) | {name: value for name, value in given.items() if value is not None})
 
     @classmethod

@@ -36,8 +36,8 @@ class GeneratorPrior(Prior):
 
     Raises:
         TypeError: a generator that cannot be called, or returns no tensor.
-        ValueError: a generator that does not take z of that shape, drops the batch, returns values that are not finite, or calls a network
-            that is not frozen.
+        ValueError: a generator that does not take z of that shape, drops or mixes the batch, returns values that are not finite, or calls a
+            network that is not frozen.
     """
 
     exact_reversal = white = True
@@ -81,7 +81,18 @@ class GeneratorPrior(Prior):
             raise ValueError(
                 "generator must be frozen, got one whose x requires a gradient at a fixed z: call requires_grad_(False), eval()"
             )
+        self._check_alone(z, x)
         return x.shape[1:]
+
+    def _check_alone(self, z: Tensor, x: Tensor) -> None:
+        """That each z is seen by itself."""
+        hint = "call eval() on a network that it uses"
+        try:
+            alone = torch.cat([self.generator(one[None]) for one in z])
+        except Exception as error:
+            raise ValueError(f"generator must take any number of z, got {type(error).__name__} of one ({error}): {hint}") from error
+        if not torch.allclose(alone, x, rtol=1e-3, atol=1e-3 * float(x.abs().max()) + 1e-12):
+            raise ValueError(f"generator must see each z by itself, got other x of two z together than of each alone: {hint}")
 
     def train(self, mode: bool = True) -> "GeneratorPrior":
         return super().train(False)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from priors.diffusers_prior import DiffusersPrior
-from rtb_inverse.checkpoints import load_model
+from rtb_inverse.checkpoints import load_model, read_json
 from rtb_inverse.checks import check_count, check_positive, check_tensor
 
 AUTOENCODERS = {"AutoencoderKL": AutoencoderKL, "VQModel": VQModel}
@@ -43,7 +43,7 @@ class LatentPrior(DiffusersPrior):
         config: Any = autoencoder.config
         scale = getattr(config, "scaling_factor", None) if scaling_factor is None else scaling_factor
         if scale is None:
-            raise ValueError("scaling_factor must be given, got None: the autoencoder's config has none")
+            raise ValueError("scaling_factor must be given, got None: the autoencoder's config has none (0.18215 is Stable Diffusion 1's)")
         if config.latent_channels != self.shape[0]:
             raise ValueError(f"autoencoder must have the network's {self.shape[0]} latent channels, got {config.latent_channels}")
         self.scaling_factor, self.chunk_size = check_positive("scaling_factor", scale), check_count("chunk_size", chunk_size)
@@ -51,11 +51,23 @@ class LatentPrior(DiffusersPrior):
         self.autoencoder = autoencoder.requires_grad_(False).eval()
 
     @classmethod
+    def from_pretrained(
+        cls, folder_or_hub_id: str | Path, steps: int | None = None, eta: float | None = None, variance: str | None = None,
+        min_std: float | None = None, scaling_factor: float | None = None,
+    ) -> "LatentPrior":  # fmt: skip
+        """As `DiffusersPrior.from_pretrained`, of a pipeline folder with vae/ or vqvae/ beside unet/. `scaling_factor` is to be given where
+        the autoencoder's config.json has none; what diffusers takes then, 0.18215, is right for one model and silently wrong for others."""
+        return cls._load(folder_or_hub_id, steps=steps, eta=eta, variance=variance, min_std=min_std, scaling_factor=scaling_factor)
+
+    @classmethod
     def _read(cls, folder: Path) -> dict[str, Any]:
         found = [folder / name for name in FOLDERS if (folder / name).is_dir()]
         if not found:
             raise FileNotFoundError(f"folder_or_hub_id: {folder} holds no autoencoder, expected a folder vae/ or vqvae/ beside unet/")
-        return super()._read(folder) | {"autoencoder": load_model(found[0], AUTOENCODERS)}
+        autoencoder: Any = load_model(found[0], AUTOENCODERS)
+        if "scaling_factor" not in read_json(found[0] / "config.json"):
+            autoencoder.register_to_config(scaling_factor=None)
+        return super()._read(folder) | {"autoencoder": autoencoder}
 
     def decode(self, x_0):
         """From latents (*batch, *shape) to pixels (*batch, *data_shape)."""

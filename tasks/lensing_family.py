@@ -92,13 +92,17 @@ class LensingFamily(InverseProblem):
         self.y_shape = torch.Size([self.y_shape.numel() + len(self.noise.low)])
 
     def observation(self, image: Tensor, v) -> Tensor:
-        """y (B, m m + 5) of images (B, 1, m, m) and their lens v, (5,) or (B, 5).
+        """y (B, m m + 5) of images (B, 1, m, m) and their lens v, (5,) or (B, 5); where all directions are in range, at any angle.
 
         Raises:
             ValueError: an image of another shape; a lens out of range.
         """
         image = self.operator.check_y(image)
-        return self.check_y(self._join(image, torch.as_tensor(v).to(image).expand(len(image), -1)))
+        v, k = torch.as_tensor(v).to(image).expand(len(image), -1).clone(), self.noise.names.index("angle")
+        low, high = self.noise.low[k].to(v), self.noise.high[k].to(v)
+        if high - low > math.pi - 1e-6:
+            v[:, k] = low + (v[:, k] - low) % math.pi  # an ellipse turned by half is the same
+        return self.check_y(self._join(image, v))
 
     def _join(self, image: Tensor, v: Tensor) -> Tensor:
         return torch.cat([image.flatten(-3), v], -1)

@@ -124,6 +124,8 @@ def test_a_saved_posterior_asks_for_its_generator(tmp_path, generator):
         (lambda z: z * torch.inf, 2, ValueError, "generator must return finite values"),
         (lambda z, f=nn.Linear(2, 4): f(z), 2, ValueError, "generator must be frozen"),
         (nn.Linear(3, 4), 0, ValueError, "shape must be"),
+        (lambda z: z - z.mean(0), 2, ValueError, "generator must see each z by itself, .* call eval"),
+        (lambda z, f=nn.BatchNorm1d(2, affine=False): f(z), 2, ValueError, "generator must take any number of z, got ValueError of"),
     ],
 )
 def test_bad_generators(generator, shape, error, message):

@@ -1,5 +1,7 @@
 """Latent diffusion: a tiny network in the latents of a tiny autoencoder, both with random weights."""
 
+import json
+
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DModel, VQModel
@@ -155,6 +157,12 @@ def test_bad_input(tmp_path):
     with pytest.raises(ValueError, match="scaling_factor must be given, got None: the autoencoder's config has none"):
         LatentPrior(unet(), DDPMScheduler(), without)
     prior = latent_prior()
+    prior.save_pretrained(tmp_path / "left_out")
+    config = tmp_path / "left_out" / "vae" / "config.json"
+    config.write_text(json.dumps({name: value for name, value in json.loads(config.read_text()).items() if name != "scaling_factor"}))
+    with pytest.raises(ValueError, match=r"scaling_factor must be given, got None: .* \(0.18215 is Stable Diffusion 1's\)"):
+        LatentPrior.from_pretrained(tmp_path / "left_out")
+    assert LatentPrior.from_pretrained(tmp_path / "left_out", scaling_factor=0.7).scaling_factor == 0.7
     with pytest.raises(ValueError, match=r"x must have shape"):
         prior.encode(torch.zeros((2, 1, 4, 4)))
     super(LatentPrior, prior).save_pretrained(tmp_path)

@@ -283,6 +283,14 @@ def test_each_lens_has_the_likelihood_of_its_own(family, generator):
     torch.testing.assert_close(family(x), family.seen(x, own), rtol=1e-5, atol=1e-6)
 
 
+def test_a_lens_may_be_told_by_any_angle(family, generator):
+    image, x = randn(generator, 2, 1, 16, 16), randn(generator, 3, 2, *SHAPE)
+    turned = LENSES + torch.tensor([0, 0, -math.pi, 0, 0], dtype=D)
+    y, again = family.observation(image, LENSES), family.observation(image, turned)
+    torch.testing.assert_close(again, y)
+    torch.testing.assert_close(family.seen(x, turned), family.seen(x, LENSES), rtol=1e-5, atol=1e-6)
+
+
 def test_simulated_lenses_are_uniform_and_told(family, generator, assert_mean):
     x = randn(generator, 1, *SHAPE).expand(400, *SHAPE)
     y = family.check_y(family.simulate(x, generator))
@@ -328,6 +336,7 @@ def test_a_family_is_trained_saved_and_judged(unet2d_prior, tmp_path, generator)
     (lambda: LensingFamily(lensing(), axis_ratio=(0.5, 1.1)), ValueError, r"axis_ratio must be a range within \(0, 1\], got \(0.5, 1.1\)"),
     (lambda: LensingFamily(lensing(), shear=(0.1, 0.1)), ValueError, r"g_1 must be a range .* got \(0.1, 0.1\)"),
     (lambda: LensingFamily(lensing(), angle=1.0), ValueError, "angle must be two finite numbers, got 1.0"),
+    (lambda: LensingFamily(lensing(), angle=(0, 1)).observation(torch.zeros(1, 1, 16, 16), LENSES[1]), ValueError, "its angle in .* got 2"),
     (lambda: LensingFamily(lensing()).observation(torch.zeros(1, 1, 16, 16), LENSES[0] + 1), ValueError, "its einstein_radius in .*1.85"),
     (lambda: LensingFamily(lensing()).observation(torch.zeros(1, 1, 9, 9), LENSES[0]), ValueError, r"y must have shape \(B, 1, 16, 16\)"),
 ])  # fmt: skip
