@@ -193,13 +193,28 @@ def scores(problem: InverseProblem, draws: Tensor, y: Tensor | None, truth: Tens
 def judge(
     problem: InverseProblem, sample: Callable[[], Particles], y: Tensor, truth: Tensor, generator: Generator | None = None
 ) -> tuple[Tensor, str]:
-    """Draws of any sampler, resampled by their weights, (N, B, *data_shape), and a line: its main `scores` (`BRIEF`) and wall time."""
+    """Draws of any sampler, resampled by their weights, (N, B, *data_shape), and a line: its main `scores` (`BRIEF`), the log evidence
+    where its weights tell one, and wall time."""
     start, draws = time.perf_counter(), sample()
     seconds = (time.perf_counter() - start) / draws.log_w.numel()
     x = draws.resample(generator=generator).x
     found = scores(problem, x, y, truth)
     said = ", ".join(f"{name} {Estimate.of(found[name])}" for name in BRIEF if name in found)
-    return x, f"{said} ({interval_level(len(x), 0.9):.3f}), {seconds:.2g} s per draw"
+    said += f" ({interval_level(len(x), 0.9):.3f})" + (f", log_z {Estimate.of(draws.log_z)}" if draws.log_w.any() else "")
+    return x, f"{said}, {seconds:.2g} s per draw"
+
+
+def report_to(folder: str | Path) -> Callable[[str], None]:
+    """A `print` that also writes what it says to report.txt in a folder, which it makes."""
+    file = check_writable("output", folder) / "report.txt"
+    file.write_text("")
+
+    def say(text: str) -> None:
+        print(text, flush=True)
+        with file.open("a") as report:
+            report.write(text + "\n")
+
+    return say
 
 
 @torch.no_grad()

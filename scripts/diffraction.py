@@ -16,8 +16,8 @@ import torch
 
 from rtb_inverse import Particles, Posterior, refine, smc
 from rtb_inverse.baselines import dps
-from rtb_inverse.checks import check_writable
 from rtb_inverse.diagnostics import Estimate, clustered_p_value
+from rtb_inverse.evaluation import report_to
 from rtb_inverse.plots import plt
 from tasks import AmbiguousObjects
 
@@ -26,7 +26,7 @@ options = {"photons": 100.0, "std": 0.05, "background": 0.1, "draws": 128, "obse
 for name, default in (options | {"output": Path("outputs/diffraction")}).items():
     parser.add_argument(f"--{name}", type=type(default), default=default)
 o = parser.parse_args()
-output, n, B = check_writable("output", o.output), o.draws, o.observations
+output, say, n, B = o.output, report_to(o.output), o.draws, o.observations
 exact = AmbiguousObjects.letters(o.std, o.steps, photons=o.photons, background=o.background)
 g, prior, problem, known = torch.Generator().manual_seed(o.seed), exact.prior, exact.problem, 3 * exact.prior.log_weights.exp()[:8]
 found, x = {}, prior.sample(B, g)
@@ -46,7 +46,7 @@ for name, sample in ways.items():
     line += f"; {name}: TV {Estimate.of(tv)}, p {clustered_p_value(shares / right, known):.2g}, wrong object "
     line += f"{1 - right.mean():.3f}, chi² {problem.residual(draws.x, y).square().mean():.2f}, {cost:.0f} evaluations, {seconds:.2g} s"
 gap = found["SMC"][0].log_z - exact.log_evidence(y)
-print(f"{line}; all per draw; log evidence by SMC off by {Estimate.of(gap)}")
+say(f"{line}; all per draw; log evidence by SMC off by {Estimate.of(gap)}")
 
 best, draws = min((name for name in ways if "DPS" in name), key=lambda name: found[name][2]), found["refined"][0].x[:, 0]
 mode = torch.cdist(draws, prior.means).argmin(1) - 8 * truth[0]

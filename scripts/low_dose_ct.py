@@ -1,11 +1,12 @@
 """Computed tomography from few photons and few angles: what can be known of the body, and how surely?
 
     python scripts/low_dose_ct.py [--prior priors/phantoms] [--angles 16] [--arc 180] [--photons 200] [--draws 32] [--observations 3]
-        [--steps 0] [--zeta 0.003 ...] [--seed 0] [--output FOLDER]
+        [--steps 0] [--truth simulator] [--zeta 0.003 ...] [--seed 0] [--output FOLDER]
 
-Counts of phantoms (for another prior, of its own draws). Draws of the guided posterior (fitted first for so many --steps), the same
-corrected by SMC, DPS, and filtered back-projection (FBP). One line of numbers, means over the observations with their standard errors, and
-FOLDER/low_dose_ct.png. Of several --zeta, DPS's step sizes, that of the least CRPS on 3 other phantoms, 16 draws each, is taken.
+Counts of phantoms (--truth prior, or another prior: of its own draws). Draws of the guided posterior (fitted first for so many --steps),
+the same corrected by SMC, DPS, and filtered back-projection (FBP). One line of numbers, means over the observations with their standard
+errors, FOLDER/report.txt and low_dose_ct.png. Of several --zeta, DPS's step sizes, that of the least CRPS on 3 other phantoms, 16 draws
+each, is taken.
 """
 
 import argparse
@@ -18,20 +19,19 @@ import torch
 from priors import DiffusersPrior, phantoms
 from rtb_inverse import Posterior, fit, smc
 from rtb_inverse.baselines import dps, tuned_zeta
-from rtb_inverse.checks import check_writable
 from rtb_inverse.diagnostics import Estimate, psnr
-from rtb_inverse.evaluation import judge
+from rtb_inverse.evaluation import judge, report_to
 from rtb_inverse.plots import plt
 from tasks import LowDoseCT
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 options = {"prior": "priors/phantoms", "angles": 16, "arc": 180.0, "photons": 200.0, "draws": 32, "observations": 3, "steps": 0}
-for name, default in (options | {"seed": 0, "output": Path("outputs/low_dose_ct")}).items():
+for name, default in (options | {"seed": 0, "truth": "simulator", "output": Path("outputs/low_dose_ct")}).items():
     parser.add_argument(f"--{name}", type=type(default), default=default)
 o = parser.add_argument("--zeta", type=float, nargs="+", default=[0.003]) and parser.parse_args()
-output = check_writable("output", o.output)
+output, say, simulated = o.output, report_to(o.output), Path(o.prior).name == "phantoms" and o.truth == "simulator"
 g, n, prior = torch.Generator().manual_seed(o.seed), o.draws, DiffusersPrior.from_pretrained(o.prior)
-x = prior.sample(o.observations + 3, g) if Path(o.prior).name != "phantoms" else phantoms(o.observations + 3, g, prior.shape[-1])
+x = phantoms(o.observations + 3, g, prior.shape[-1]) if simulated else prior.sample(o.observations + 3, g)
 problem = LowDoseCT(prior.shape, o.angles, o.arc, o.photons)
 y, posterior = problem.simulate(x, g), Posterior(prior, problem)
 (x, others), (y, of_others) = x.tensor_split([-3]), y.tensor_split([-3])
@@ -45,7 +45,7 @@ for name, sample in (
 ):
     z, said = judge(problem, sample, y, x, g)
     found, line = [*found, z], f"{line}; {name}: {said}"
-print(f"FBP: psnr {Estimate.of(psnr(fbp, x))}{line}")
+say(f"FBP: psnr {Estimate.of(psnr(fbp, x))}{line}")
 (z, _, guess), body = found, {"cmap": "bone", "vmin": -1, "vmax": 1}
 titles = ["truth", "photons", "FBP", "posterior mean", "posterior std", "draw 1", "draw 2", "mean of DPS"]
 columns = [x, y, fbp, z.mean(0), z.std(0), z[0], z[1], guess.mean(0)]

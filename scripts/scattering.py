@@ -1,10 +1,10 @@
 """A body seen by waves that scatter more than once: what can be known of it, and what does it cost to believe the linear (Born) model?
 
     python scripts/scattering.py [--prior priors/phantoms] [--contrast 0.05 0.5] [--wavelengths 3] [--noise 0.03] [--grid 16] [--draws 16]
-        [--observations 2] [--steps 15] [--zeta 1 3 10] [--seed 0] [--output FOLDER]
+        [--observations 2] [--steps 15] [--truth simulator] [--zeta 1 3 10] [--seed 0] [--output FOLDER]
 
-Lippmann and Schwinger's fields of phantoms on a coarser --grid, and noise of a share of them. Draws of the guided, untrained posteriors of
-Born's model and of theirs, and of DPS; linear inversion. It and DPS are tuned on 3 others. A line for each contrast, FOLDER/scattering.png.
+Lippmann and Schwinger's fields of phantoms (--truth prior, or another prior: of its draws) on a coarser --grid, noise of a share of them.
+Draws of the guided posteriors of Born's model and of theirs, of DPS; linear inversion (both tuned on 3 others); report.txt, scattering.png.
 """
 
 import argparse
@@ -15,9 +15,8 @@ import torch
 from priors import DiffusersPrior, phantoms
 from rtb_inverse import InverseProblem, Posterior
 from rtb_inverse.baselines import dps, tuned_zeta
-from rtb_inverse.checks import check_writable
 from rtb_inverse.diagnostics import Estimate, psnr
-from rtb_inverse.evaluation import judge
+from rtb_inverse.evaluation import judge, report_to
 from rtb_inverse.guidance import affine
 from rtb_inverse.noise import ComplexGaussianNoise
 from rtb_inverse.plots import plt
@@ -25,13 +24,14 @@ from tasks import InverseScattering
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 options = {"prior": "priors/phantoms", "output": "outputs/scattering", "wavelengths": 3.0, "noise": 0.03, "grid": 16, "draws": 16}
-for name, default in (options | {"observations": 2, "steps": 15, "seed": 0}).items():
+for name, default in (options | {"observations": 2, "steps": 15, "truth": "simulator", "seed": 0}).items():
     parser.add_argument(f"--{name}", type=type(default), default=default)
 parser.add_argument("--contrast", type=float, nargs="+", default=[0.05, 0.5])
 o = parser.add_argument("--zeta", type=float, nargs="+", default=[1.0, 3.0, 10.0]) and parser.parse_args()
 g, prior, n = torch.Generator().manual_seed(o.seed), DiffusersPrior.from_pretrained(o.prior, o.steps), o.draws
-x = phantoms(o.observations + 3, g, prior.shape[-1]) if "phantoms" in o.prior else prior.sample(o.observations + 3, g)
-output, pool, (truth, others) = check_writable("output", o.output), torch.nn.AdaptiveAvgPool2d(o.grid), x.tensor_split([-3])
+B, new = o.observations + 3, "phantoms" in o.prior and o.truth == "simulator"
+x = phantoms(B, g, prior.shape[-1]) if new else prior.sample(B, g)
+say, pool, (truth, others) = report_to(o.output), torch.nn.AdaptiveAvgPool2d(o.grid), x.tensor_split([-3])
 
 
 def linear(y, born, weight):  # m + B' (B B' + weight)^{-1} (y - A(m)), with B and A of Born's model and m a mean grey
@@ -61,9 +61,9 @@ for contrast, row in zip(o.contrast, axes, strict=True):
     }.items():
         z, said = judge(problem, sample, y, truth)
         line, shown = f"{line}; {name}: {said}", shown | {name: z.mean(0)}
-    print(f"contrast {contrast:g}, Born {off:.0%} off; {line}; {posterior.evaluations()} evaluations, DPS {o.steps}, zeta {zeta * rms:.3g}")
+    say(f"contrast {contrast:g}, Born {off:.0%} off; {line}; {posterior.evaluations()} evaluations, DPS {o.steps}, zeta {zeta * rms:.3g}")
     for ax, (title, image) in zip(row, (shown | {"posterior std": z.std(0), "draw": z[0]}).items(), strict=True):
         ax.imshow(image[0, 0], aspect="auto", **{"a wave in it": wave, "posterior std": {"cmap": "magma", "vmin": 0}}.get(title, body))
         title, label = title if ax in axes[0] else "", f"contrast {contrast:g}" if ax is row[0] else ""
         ax.set(title=title, ylabel=label, box_aspect=1, xticks=[], yticks=[])
-fig.savefig(output / "scattering.png")
+fig.savefig(f"{o.output}/scattering.png")

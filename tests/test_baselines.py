@@ -322,6 +322,8 @@ def test_judged_draws_are_resampled_and_scored(generator):
     y = problem.simulate(truth, generator)
     draws = Particles(prior.sample(60, generator).reshape(20, 3, 2), torch.randn((20, 3), generator=generator, dtype=D))
     x, line = judge(problem, lambda: draws, y, truth, torch.Generator().manual_seed(1))
+    assert f"log_z {Estimate.of(draws.log_z)}" in line
+    assert "log_z" not in judge(problem, lambda: Particles(draws.x, torch.zeros((20, 3))), y, truth)[1]  # draws without weights tell none
     assert torch.equal(x, draws.resample(generator=torch.Generator().manual_seed(1)).x)
     found = scores(problem, x, y, truth)
     torch.testing.assert_close(found["psnr"], psnr(x.mean(0), truth))

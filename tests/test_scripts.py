@@ -33,6 +33,7 @@ def test_a_script_runs(name, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert "nan" not in done.stdout and any(character.isdigit() for character in done.stdout)
     assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+    assert (tmp_path / "report.txt").read_text() == done.stdout
 
 
 @pytest.mark.parametrize("name", SMALL)
