@@ -1,4 +1,5 @@
-"""A picture of all tasks: x, the observation y laid out as an image, and what the posterior network sees of it.
+"""A picture of all tasks: x, the observation y laid out as an image, and what the posterior network sees of it: the channels of
+condition(y) on the scale of x, and beside them, small, those that say how it was seen (a mask, a class, how much light arrives).
 
 The problems of science have priors of their own, and a block of their own below: galaxies, phantoms, the vorticity of a fluid.
 
@@ -15,15 +16,17 @@ import matplotlib
 matplotlib.use("Agg", force=False)
 import matplotlib.pyplot as plt
 import torch
-from torch import Generator, Size, Tensor
+from torch import Generator, Size, Tensor, nn
 
-from priors import DiffusersPrior, RandomField
+from priors import DiffusersPrior, MNISTClassifier, RandomField
 from rtb_inverse.chains import Prior
 from rtb_inverse.problems import InverseProblem
+from tasks.class_constraint import ClassConstraint
 from tasks.colourisation import Colourisation
 from tasks.compressed_sensing import CompressedSensing
 from tasks.deblurring import Deblurring
 from tasks.denoising import Denoising
+from tasks.diffraction import CoherentDiffraction
 from tasks.hdr import HDR
 from tasks.inpainting import Inpainting
 from tasks.lensing import Lensing
@@ -47,6 +50,7 @@ EXAMPLES: dict[str, Callable[[Size], InverseProblem]] = {
     "inpainting, scratches": lambda shape: Inpainting(shape, "scratches", hidden=0.3),
     "super-resolution, ×2": lambda shape: SuperResolution(shape, 2),
     "super-resolution, ×4": lambda shape: SuperResolution(shape, 4),
+    "super-resolution, ×4, area": lambda shape: SuperResolution(shape, 4, "area"),
     "deblurring, Gaussian": lambda shape: Deblurring(shape, "gaussian", std=1.5),
     "deblurring, anisotropic": lambda shape: Deblurring(shape, "anisotropic", std=(3.0, 1.0)),
     "deblurring, motion": lambda shape: Deblurring(shape, "motion", size=15),
@@ -60,12 +64,15 @@ EXAMPLES: dict[str, Callable[[Size], InverseProblem]] = {
     "deblurring, saturating": lambda shape: SaturatingDeblurring(shape, blur_std=1.5, gain=3.0),
     "high dynamic range": lambda shape: HDR(shape),
     "phase retrieval": lambda shape: PhaseRetrieval(shape),
+    "phase retrieval, intensity": lambda shape: PhaseRetrieval(shape, "intensity"),
     "quantisation, 2 bits": lambda shape: Quantisation(shape, bits=2, noise_std=0.3),
 }
-# The problems of science: a prior, and from its shape to the problem.
+# Problems that need a prior of their own, the class and those of science: the prior, and from its shape to the problem.
 SCIENCE: dict[str, tuple[Callable[[], Prior], Callable[[Size], InverseProblem]]] = {
+    "class, by a classifier": (lambda: shipped("mnist"), lambda shape: ClassConstraint(shipped_classifier(), shape)),
     "gravitational lensing": (lambda: shipped("galaxies"), lambda shape: Lensing(shape, 40, sky=-1.0)),
     "CT, 200 photons": (lambda: shipped("phantoms"), lambda shape: LowDoseCT(shape, 16, photons=200.0)),
+    "coherent diffraction": (lambda: shipped("phantoms"), lambda shape: CoherentDiffraction(shape)),
     "inverse scattering": (lambda: shipped("phantoms"), lambda shape: InverseScattering(shape, 16, 32, 0.3, 3.0)),
     "Navier-Stokes": (lambda: RandomField(32, variance=0.25), lambda shape: NavierStokes(shape, time=4.0, steps=40)),
 }
@@ -80,6 +87,10 @@ def tinted(x: Tensor) -> Tensor:
 def shipped(name: str) -> DiffusersPrior:
     """A prior of this repository, by the name of its folder."""
     return DiffusersPrior.from_pretrained(Path(__file__).parents[1] / "priors" / name)
+
+
+def shipped_classifier() -> MNISTClassifier:
+    return MNISTClassifier.from_pretrained(Path(__file__).parents[1] / "priors" / "mnist_classifier")
 
 
 def science(n: int) -> dict[str, tuple[InverseProblem, Tensor]]:
@@ -104,7 +115,7 @@ def gallery(
         others: problems on images (B, 1, h, w) of their own, drawn below.
     """
     rows = {title: (make(x.shape[1:]), x) for title, make in examples.items()} | (others or {})
-    widths = [1, 1, 1, 0.15] * len(x)  # a gap after each image
+    widths = [1, 1, 1, 0.5, 0.15] * len(x)  # a gap after each image
     size = (2.0 + 0.95 * sum(widths), 0.97 * len(rows) + 0.4)
     fig, axes = plt.subplots(len(rows), len(widths), figsize=size, dpi=110, squeeze=False, gridspec_kw={"width_ratios": widths})
     for ax in axes.flat:
@@ -112,19 +123,29 @@ def gallery(
     for row, (title, (problem, images)) in zip(axes, rows.items(), strict=True):
         truth = images if problem.shape[0] == images.shape[1] else tinted(images)
         y = problem.simulate(truth, Generator().manual_seed(0))
-        seen, condition = picture(problem, y), problem.condition(y)[:, : problem.shape[0]]  # further channels say how it was seen
+        seen, (condition, further) = picture(problem, y), problem.condition(y).tensor_split([problem.shape[0]], 1)
         known = seen[~seen.isnan()]
         low, high = (float(condition.quantile(q)) for q in (0.05, 0.95))  # a back-projection may go far beyond x
         for b in range(len(x)):
-            show(row[4 * b], truth[b], (-1, 1))
-            show(row[4 * b + 1], seen[b], (float(known.min()), float(known.max())), aspect="auto")
-            show(row[4 * b + 2], condition[b], (min(low, -1), max(high, 1)))
+            show(row[5 * b], truth[b], (-1, 1))
+            show(row[5 * b + 1], seen[b], (float(known.min()), float(known.max())), aspect="auto")
+            show(row[5 * b + 2], condition[b], (min(low, -1), max(high, 1)))
+            if further.shape[1]:
+                show(row[5 * b + 3], tiled(further[b]), (-1, 1))
         row[0].text(-0.1, 0.5, title, transform=row[0].transAxes, ha="right", va="center", fontsize=9)
-    for ax, name in zip(axes[0], ("x", "y", "condition(y)", "") * len(x), strict=True):
+    for ax, name in zip(axes[0], ("x", "y", "condition(y)", "", "") * len(x), strict=True):
         ax.set_title(name, fontsize=9)
     fig.tight_layout(pad=0.4, h_pad=0.3, w_pad=0.3)
     fig.savefig(file, bbox_inches="tight", pad_inches=0.08)
     plt.close(fig)
+
+
+def tiled(channels: Tensor) -> Tensor:
+    """Channels (C, h, w) side by side and below one another, with a line between them: one image (1, H, W), NaN where there is none."""
+    columns = math.ceil(math.sqrt(len(channels)))
+    blank = channels.new_full((-len(channels) % columns, *channels.shape[1:]), math.nan)
+    padded = nn.functional.pad(torch.cat([channels, blank]), (0, 1, 0, 1), value=math.nan)
+    return torch.cat([torch.cat(list(row), 1) for row in padded.split(columns)])[None, :-1, :-1]
 
 
 def picture(problem: InverseProblem, y: Tensor) -> Tensor:
