@@ -1,6 +1,7 @@
 """The shipped prior of MNIST and the shipped classifier, without the data."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +28,11 @@ def draws(prior):
 
 def sure(classifier, x):
     return float((classifier(x.clamp(-1, 1)).softmax(1).amax(1) > 0.9).float().mean())
+
+
+def test_the_prior_is_small():
+    """What a clone has to carry: the network and the tables, with the draws it keeps in half precision."""
+    assert sum(file.stat().st_size for file in Path("priors/mnist").rglob("*.safetensors")) <= 12e6
 
 
 def test_draws_are_digits(prior, classifier, draws):

@@ -15,13 +15,16 @@ import torch
 import yaml
 from deepinv import physics
 from deepinv.physics.functional import imresize_matlab
+from diffusers import DDPMScheduler, UNet2DModel
 from jsonargparse import ArgumentParser
 from torch import nn
 
 import rtb_inverse.guidance
 import tasks.linear
+from priors import DiffusersPrior
 from rtb_inverse.corrections.twists import gaussian_log_evidence
 from rtb_inverse.guidance import COVARIANCE_LIMIT, CovarianceGuidance, DenseGuidance, GradientGuidance, MaskGuidance, affine, guidance
+from rtb_inverse.lightning import fit
 from rtb_inverse.posterior import Posterior
 from rtb_inverse.problems import GaussianNoise, InverseProblem
 from tasks import MRI, Colourisation, CompressedSensing, Deblurring, Denoising, Inpainting, SuperResolution, Tomography
@@ -532,6 +535,34 @@ def test_a_prior_of_other_images_is_refused(make_prior):
 def test_y_of_another_shape_is_refused(problem):
     with pytest.raises(ValueError, match="y must have shape"):
         problem.check_y(torch.zeros(2, *problem.y_shape[:-1], problem.y_shape[-1] + 1))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_a_problem_is_the_same_on_a_gpu(name, generator):
+    """Built twice from the same seed, here and there: the same operator, likelihood, and condition."""
+    here, there = PROBLEMS[name]().double(), PROBLEMS[name]().double().cuda()
+    x = randn(generator, 3, *here.shape)
+    y = here.simulate(x, generator)
+    torch.testing.assert_close(there(x.cuda()).cpu(), here(x))
+    torch.testing.assert_close(there.log_likelihood(x.cuda(), y.cuda()).cpu(), here.log_likelihood(x, y))
+    torch.testing.assert_close(there.condition(y.cuda()).cpu(), here.condition(y), rtol=1e-4, atol=1e-4)
+
+
+def test_colours_are_restored_under_a_prior_of_colours(generator):
+    """No prior of colours is shipped: a tiny untrained one, from the problem to a trained posterior and its draws."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        blocks = {"block_out_channels": (8, 8), "layers_per_block": 1, "norm_num_groups": 4, "add_attention": False}
+        network = UNet2DModel(8, 3, 3, down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, **blocks)
+    prior = DiffusersPrior(network, DDPMScheduler(beta_schedule="squaredcos_cap_v2", clip_sample=False), steps=4)
+    posterior = Posterior(prior, Colourisation(prior.shape, noise_std=0.1))
+    fit(posterior, 2, 0, progress=False, bounds=0, states=4, draws=2, observations=2, pool=8, pool_start=8, slots=4, line_search=False)
+    y = posterior.problem.simulate(smooth(generator, 2, 3, 8, 8).float(), generator)
+    draws = posterior.sample(y, 16, generator).x
+    assert draws.shape == (16, 2, 3, 8, 8)
+    grey = posterior.problem.residual(draws, y)
+    assert float(grey.square().mean()) < 0.1 * float(posterior.problem.residual(prior.sample(16, generator)[:, None], y).square().mean())
 
 
 # YAML, gallery, import
