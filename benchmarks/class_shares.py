@@ -7,7 +7,8 @@ particles. These are references as far as they agree, and as their two halves do
     total variation     half the sum of the absolute differences of the shares, from the first of the references; over observations
     ESS                 effective draws of that reference; a total variation of about .4 sqrt(number of classes / ESS) is its own noise
 
-DPS with the zeta that is best, by CRPS, on eight other observations. One thread; prints Markdown.
+And where re-noising chains (`renoise_mcmc`, which leaves the posterior as it is) end after --sweeps, from our draws, and from draws of the
+prior, of any class: as far as the two agree they have forgotten where they began. DPS with the zeta that is best, by CRPS, on eight other observations. One thread; prints Markdown.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from digit_generators import classifier
 from torch import Generator, Tensor, nn
 
 from priors import DiffusersPrior
-from rtb_inverse import Posterior, importance, simulate_observations, smc
+from rtb_inverse import Posterior, importance, renoise_mcmc, simulate_observations, smc
 from rtb_inverse.baselines import dps, tuned_zeta
 from rtb_inverse.diagnostics import Estimate
 from rtb_inverse.particles import Particles
@@ -57,6 +58,11 @@ def compare(task: str, prior: DiffusersPrior, seen: nn.Module, o: argparse.Names
     long = importance(posterior, y, o.long, generator, batch_size=CHUNK)
     particles = smc(posterior, y, o.long, generator)
     truth, halves = shares(seen, long), [distance(shares(seen, part(d, 0)), shares(seen, part(d, 1))) for d in (long, particles)]
+    anywhere = prior.draws[torch.randint(len(prior.draws), (o.chains * len(y),), generator=generator)].unflatten(0, (o.chains, len(y)))
+    for name, start in {"our draws": posterior.sample(y, o.chains, generator).x, "the prior's": anywhere}.items() if o.sweeps else ():
+        chains = renoise_mcmc(posterior, y, o.chains, generator, sweeps=o.sweeps, start=start, progress=True)
+        accepted = Estimate.of(chains.info["acceptance"])
+        plain[f"{o.chains} chains, {o.sweeps} sweeps from {name} ({accepted} accepted)"] = chains
     found = {name: shares(seen, draws) for name, draws in plain.items()} | {
         f"SMC, {o.long} particles": shares(seen, particles),
         f"ours, weighted, {o.long} draws": truth,
@@ -74,7 +80,7 @@ def compare(task: str, prior: DiffusersPrior, seen: nn.Module, o: argparse.Names
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", default=TASKS, choices=list(EXAMPLES))
-    for name, default in {"observations": 6, "draws": 512, "long": 8192}.items():
+    for name, default in {"observations": 6, "draws": 512, "long": 8192, "chains": 64, "sweeps": 60}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     o = parser.parse_args()
     torch.set_num_threads(1)
