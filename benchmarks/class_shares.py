@@ -8,7 +8,8 @@ particles. These are references as far as they agree, and as their two halves do
     ESS                 effective draws of that reference; a total variation of about .4 sqrt(number of classes / ESS) is its own noise
 
 And where re-noising chains (`renoise_mcmc`, which leaves the posterior as it is) end after --sweeps, from our draws, and from draws of the
-prior, of any class: as far as the two agree they have forgotten where they began. DPS with the zeta that is best, by CRPS, on eight other observations. One thread; prints Markdown.
+prior, of any class: as far as the two agree they have forgotten where they began. DPS with the zeta that is best, by CRPS, on eight other
+observations. One thread; prints Markdown.
 """
 
 import argparse
