@@ -231,7 +231,7 @@ def evaluate(
 
     Returns:
         A `Report` with, averaged over observations: elbo <= log_z_is (a lower bound too, that rises with n) <= log Z <= eubo (where the
-        prior's paths are known), learned log_z, ess (of n), log_likelihood of the draws, chi_squared of y about them (where
+        prior's paths are known), ess (of n), log_z_learned (if it was), log_likelihood of the draws, chi_squared of y about them (where
         the noise is a model of `noise`; 1 for the posterior); where x is known: psnr of the posterior mean (data range 2), ssim (images),
         crps, the coverage of central intervals, element by element ("coverage_90" should be `nominal_90`), and the p-values of two tests
         of calibration. With a single observation, the standard errors that there are, are over its draws.
@@ -251,9 +251,10 @@ def evaluate(
     values = {
         "elbo": elbo(draws.log_w),
         "log_z_is": log_mean_weight(draws.log_w),
-        "log_z_learned": posterior.log_evidence(y).expand(len(y)),
         "ess": effective_sample_size(draws.log_w),
     }
+    if posterior.log_z.learned:
+        values["log_z_learned"] = posterior.log_evidence(y).expand(len(y))
     absent = {} if held.paths is not None else {"eubo": "needs the prior's roll-outs that made the y (simulate_observations)"}
     if held.paths is not None:
         paths = held.paths

@@ -225,6 +225,12 @@ class LogZ(nn.Module):
             first = nn.Linear(min(features, 1024), width)
             self.layers = nn.Sequential(first, nn.SiLU(), nn.Linear(width, width), nn.SiLU(), zero(nn.Linear(width, 1)))
 
+    @property
+    def learned(self) -> bool:
+        """Whether training has moved it from zero."""
+        last = [] if self.layers is None else list(self.layers[-1].parameters())
+        return any(bool((parameter != 0).any()) for parameter in (self.bias, *last))
+
     def forward(self, condition: Tensor | None) -> Tensor:
         """(B, ...) to (B,); None to (1,)."""
         if self.layers is None or condition is None:

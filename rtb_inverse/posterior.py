@@ -194,6 +194,14 @@ class Posterior(Chain):
     def _likelihood_of(self, references: References, y: Tensor) -> Tensor:
         return self.beta * references.told(self.problem, y)[0]
 
+    def set_steps(self, steps: int) -> "Posterior":
+        """Its gates are for the grid that its prior had: another one asks for another posterior."""
+        if hasattr(self, "times") and steps != self.steps:
+            raise ValueError(
+                f"steps of a posterior must stay {self.steps}, got {steps}: set_steps of the prior, then make a posterior anew"
+            )
+        return super().set_steps(steps)  # type: ignore[return-value]
+
     def train(self, mode: bool = True) -> "Posterior":
         return super().train(False)  # a density must not depend on dropout
 

@@ -511,3 +511,10 @@ def test_bad_arguments_get_one_clear_error(make_prior):
     ):
         with pytest.raises(error, match=message):
             call()
+
+
+def test_the_grid_is_that_of_the_prior(mixture_prior):
+    posterior = Posterior(mixture_prior, matrix_problem(mixture_prior), width=8)
+    assert posterior.set_steps(4) is posterior and not posterior.log_z.learned
+    with pytest.raises(ValueError, match="steps of a posterior must stay 4, got 6: set_steps of the prior, then make a posterior anew"):
+        posterior.set_steps(6)
