@@ -48,10 +48,8 @@ def posterior_panel(
         observed: (B, C, H, W), NaN where nothing was seen; shown within limits of its own where it goes far beyond those of x.
         mean, std, truth: (B, C, H, W). draws: (N, B, C, H, W).
     """
-    columns = ([("truth", truth, limits)] if truth is not None else []) + [
-        ("observed", observed, own_limits(observed, limits)),
-        ("mean", mean, limits),
-    ]
+    columns = [("truth", truth, limits)] if truth is not None else []
+    columns += [("observed", observed, own_limits(observed, limits)), ("mean", mean, limits)]
     columns.append(("std", std, (0.0, float(std.max()) or 1.0)))
     columns += [(f"draw {i + 1}", draw, limits) for i, draw in enumerate(draws)]
     fig, axes = plt.subplots(len(mean), len(columns), figsize=(1.05 * len(columns), 1.05 * len(mean) + 0.3), dpi=120, squeeze=False)
