@@ -112,6 +112,9 @@ class NoiseRange(InverseProblem):
         measurement, log_level = self.split(y)
         return self.operator.residual(x, measurement) / self._over_measurement(log_level.exp())
 
+    def noise_variance(self, y):
+        return self.operator.noise_variance(y) * (2 * self.split(y)[1].double()).exp()
+
     def _smoothed(self, mean, y, variance):
         measurement, log_level = self.split(y)
         return self.operator.smoothed(mean, measurement, variance, self._over_measurement(log_level.exp()))  # type: ignore[misc]

@@ -175,6 +175,10 @@ class InverseProblem(nn.Module):
         clean = self(x)
         return self.noise.whiten(clean.detach(), y - self.noise.mean(clean))
 
+    def noise_variance(self, y: Tensor | None) -> Tensor | None:
+        """sigma^2, its mean over the elements of y, one number or one for each y (B,), float64; None where the noise is not Gaussian."""
+        return self.noise.std.double().square().mean() if isinstance(self.noise, GaussianNoise) else None
+
     @property
     def whitens(self) -> bool:
         """Whether the `residual` is known."""

@@ -144,6 +144,9 @@ class LensingFamily(InverseProblem):
         clean = self.seen(x, v)
         return self.operator.noise.whiten(clean, image - clean)
 
+    def noise_variance(self, y):
+        return self.operator.noise_variance(y)
+
     def check_y(self, y):
         share = self.noise.share(check_tensor("y", y, self.y_shape)[:, -len(self.noise.low) :])
         bad = (share < -1e-4) | (share > 1 + 1e-4)  # rounding

@@ -283,6 +283,11 @@ def test_each_lens_has_the_likelihood_of_its_own(family, generator):
     torch.testing.assert_close(family(x), family.seen(x, own), rtol=1e-5, atol=1e-6)
 
 
+def test_a_family_has_the_noise_of_its_problem(family, generator):
+    y = family.observation(randn(generator, 2, 1, 16, 16), LENSES)
+    assert float(family.noise_variance(y)) == float(family.operator.noise.std**2)
+
+
 def test_a_lens_may_be_told_by_any_angle(family, generator):
     image, x = randn(generator, 2, 1, 16, 16), randn(generator, 3, 2, *SHAPE)
     turned = LENSES + torch.tensor([0, 0, -math.pi, 0, 0], dtype=D)

@@ -8,7 +8,7 @@ from scipy import stats
 
 from priors import GaussianMixturePrior
 from rtb_inverse.chains import path_log_prob, rollout
-from rtb_inverse.corrections import smc
+from rtb_inverse.corrections import smc, twist_log_likelihood
 from rtb_inverse.diagnostics import effective_sample_size
 from rtb_inverse.evaluation import evaluate, simulate_observations
 from rtb_inverse.guidance import (
@@ -139,6 +139,18 @@ def test_the_untrained_step_is_the_fixed_levels(which, make_prior, generator):
             torch.testing.assert_close(one.mean[:, j], other.mean[:, 0], rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(one.stddev[:, j], other.stddev.expand(2, 1, *prior.shape)[:, 0], rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(one.log_prob(x_t)[:, j], other.log_prob(x_t[:, j : j + 1])[:, 0], rtol=1e-3, atol=1e-2)
+
+
+def test_the_twist_is_the_fixed_levels(make_prior, generator):
+    """Of SMC and of the twisted sampler: the likelihood, flattened by what the level's noise leaves of it."""
+    prior = make_prior("unet2d", dtype=D)
+    problem = NoiseRange(InverseProblem(lambda x: x**2, GaussianNoise(2.0), prior.shape), 0.05, 2.0)
+    x, measurement, t = randn(generator, 2, 3, *prior.shape), randn(generator, 3, *prior.shape), prior.times[2]
+    found = twist_log_likelihood(Posterior(prior, problem, "prior"), x, t, problem.observation(measurement, LEVELS))
+    for j, level in enumerate(LEVELS.tolist()):
+        fixed = Posterior(prior, InverseProblem(lambda x: x**2, GaussianNoise(2 * level), prior.shape), "prior")
+        expected = twist_log_likelihood(fixed, x[:, j : j + 1], t, measurement[j : j + 1])
+        torch.testing.assert_close(found[:, j : j + 1], expected, rtol=1e-8, atol=1e-8)
 
 
 def ess_and_gap(posterior, y, generator, n=128):

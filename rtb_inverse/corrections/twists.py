@@ -29,7 +29,6 @@ from rtb_inverse.guidance import AffineGuide, DenseGuidance, LocalGuidance, Mask
 from rtb_inverse.laplace import LaplaceGuidance
 from rtb_inverse.particles import check_below_infinity
 from rtb_inverse.posterior import Posterior
-from rtb_inverse.problems import GaussianNoise
 from rtb_inverse.references import References
 
 TWISTS = ("guide", "likelihood", "none")
@@ -80,9 +79,9 @@ def twist_log_likelihood(posterior: Posterior, estimate: Tensor, t: Tensor, y: T
     """How likely y is at an estimate of x_0 (N, B, *shape) with error r_t^2, (N, B). For Gaussian noise of variance sigma^2
     the log-likelihood is flattened by sigma^2 / (sigma^2 + r_t^2), for another noise, or a reward, by 1 - r_t^2 / r_T^2."""
     error = posterior.error(t).mean()
-    if isinstance(posterior.problem.noise, GaussianNoise):
-        variance = posterior.problem.noise.std.double().square().mean() / posterior.beta
-        flatten = variance / (variance + error)
+    variance = posterior.problem.noise_variance(y)
+    if variance is not None:
+        flatten = variance / (variance + posterior.beta * error)
     else:
         flatten = (1 - error / posterior.error(posterior.times[0]).mean()).clamp_min(0)
     log_lik = posterior.log_likelihood(estimate, y)
