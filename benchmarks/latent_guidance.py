@@ -1,6 +1,9 @@
-"""Posteriors in the latents of an autoencoder, with the likelihood of pixels: python benchmarks/latent_guidance.py [--observations 6]
+"""Posteriors in the latents of an autoencoder, with the likelihood of pixels:
+
+    python benchmarks/latent_guidance.py [--observations 6] [--steps 400]
 
     y of draws of priors/mnist_latent: a box hidden, and four times fewer pixels each way, at noise 0.1
+    ours, trained from the prior's own chain on simulated pairs and, for a twentieth of --steps, by RTB
     ours, untrained: guided by Gauss and Newton through the decoder, or by one gradient step, as where the latents are many, with and
         without the draws that the prior keeps; and by SMC
     latent DPS, and PSLD, which glues the latent to what its image encodes to; step sizes tuned by CRPS on other observations
@@ -16,7 +19,7 @@ import torch
 from torch import Generator, Tensor
 
 from priors import LatentPrior
-from rtb_inverse import Particles, Posterior, importance, smc
+from rtb_inverse import Particles, Posterior, fit, importance, smc
 from rtb_inverse.baselines import dps, psld, tuned
 from rtb_inverse.diagnostics import Estimate, interval_level
 from rtb_inverse.evaluation import scores
@@ -45,6 +48,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--observations", type=int, default=6)
     parser.add_argument("--draws", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=0, help="of training; 0: none")
+    parser.add_argument("--rivals", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--ours", action=argparse.BooleanOptionalAction, default=True)
     o = parser.parse_args()
     torch.set_num_threads(1)
@@ -60,8 +65,12 @@ def main() -> None:
         (others, x), (theirs, y) = x.split([3, o.observations]), y.split([3, o.observations])
         rivals, ours = {}, {}
         for name, method, grid in (
-            ("latent DPS", dps, [{"zeta": zeta} for zeta in ZETAS]),
-            ("PSLD", psld, [{"zeta": zeta, "gamma": gamma} for zeta in ZETAS for gamma in GAMMAS]),
+            (
+                ("latent DPS", dps, [{"zeta": zeta} for zeta in ZETAS]),
+                ("PSLD", psld, [{"zeta": zeta, "gamma": gamma} for zeta in ZETAS for gamma in GAMMAS]),
+            )
+            if o.rivals
+            else ()
         ):
             best = tuned(method, prior, problem, others, theirs, grid, n, Generator().manual_seed(1))
             label = ", ".join(f"{key} {value:g}" for key, value in best.items())
@@ -79,6 +88,20 @@ def main() -> None:
                 "the same step, no references": partial(importance, step),
                 "ours, SMC": partial(smc, posterior),
             }
+        if o.steps:
+            posterior = Posterior(prior, problem, start="prior")
+            options = {
+                "warm_start": 0.95,
+                "states": 64,
+                "draws": 4,
+                "observations": 4,
+                "step_fraction": 0.25,
+                "pool_start": 1024,
+                "bounds": 0,
+            }
+            with torch.enable_grad():
+                fit(posterior, o.steps, 0, progress=False, line_search=False, **options)
+            ours |= {f"ours, trained for {o.steps} steps": partial(importance, posterior), "the same, SMC": partial(smc, posterior)}
         for name, sample in (ours | rivals).items():
             start, draws = time.process_time(), sample(y, n, Generator().manual_seed(1))
             print(row(name, problem, draws, y, x, time.process_time() - start), flush=True)

@@ -134,6 +134,16 @@ def test_saved_and_loaded(prior, tmp_path, generator):
     assert LatentPrior.from_pretrained(tmp_path / "prior", steps=5).steps == 5
 
 
+def test_a_chain_from_the_prior_is_shown_one_gradient(prior, generator):
+    """It is no guide there, and is asked at every state of the training."""
+    problem = Inpainting(prior.data_shape, "half", noise_std=0.2)
+    posterior = Posterior(prior, problem, start="prior")
+    assert posterior.guide.covariance is None and posterior.guide.iterations == 1 and not posterior.exact_end
+    y = simulate_observations(posterior, 2, generator).y
+    x, t, s = torch.randn((3, 2, *prior.shape), generator=generator), prior.times[0].expand(3, 1), prior.times[1].expand(3, 1)
+    torch.testing.assert_close(posterior.transition(x, t, s, y).mean, prior.transition(x, t, s).mean)
+
+
 def test_pixels_become_channels_of_a_coarser_grid():
     condition = torch.arange(2 * 3 * 8 * 12.0).reshape(2, 3, 8, 12)
     coarse = on_grid(condition, torch.Size((4, 4)))
