@@ -1,4 +1,9 @@
-r"""What the linear problems of imaging share: y = A x + noise_std n, n ~ N(0, I), for images x (C, H, W)."""
+r"""What the linear problems of imaging share: y = A x + noise_std n, n ~ N(0, I), for images x (C, H, W).
+
+Of deepinv these tasks take kernels, masks, transforms and the grids of rays. The products with A are their own, in any floating-point
+dtype, with all that is random in buffers that are saved with a posterior, and without loading deepinv where it is not needed; where
+deepinv has the operator, the tests compare the two.
+"""
 
 import math
 
