@@ -26,6 +26,7 @@ TINY = [
     *(f"{MODEL}.observations", "2"), *(f"{MODEL}.draws", "2"), *(f"{MODEL}.test_draws", "19"), *(f"{PRIOR}.steps", "5"),
     *("--data.init_args.simulated", "3"), *("--trainer.enable_progress_bar", "false"),
 ]  # fmt: skip
+SHORT = ["--trainer.max_steps", "4", f"{MODEL}.warm_start", "0.75", f"{MODEL}.line_search", "false"]
 JUDGED = {"elbo", "log_z_is", "log_z_learned", "ess", "log_likelihood", "chi_squared"}
 WITH_TRUTH = JUDGED | {"log_likelihood_of_truth", "psnr", "ssim", "crps", "coverage_50", "coverage_80", "coverage_90"}
 
@@ -50,7 +51,7 @@ def fitted(tmp_path_factory):
     output = tmp_path_factory.mktemp("fit") / "new" / "folder"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        posterior = task("fit", output, "--trainer.max_steps", "4", f"{MODEL}.line_search", "false").model.posterior
+        posterior = task("fit", output, *SHORT).model.posterior
     return output, posterior
 
 
