@@ -28,6 +28,12 @@ from tasks import Inpainting, SuperResolution
 
 ZETAS = (0.1, 0.3, 1.0, 3.0)
 GAMMAS = (0.03, 0.1, 0.3)
+METHODS = (
+    ("latent DPS", dps, [{"zeta": zeta} for zeta in ZETAS]),
+    ("PSLD", psld, [{"zeta": zeta, "gamma": gamma} for zeta in ZETAS for gamma in GAMMAS]),
+)
+TRAINING = {"warm_start": 0.95, "states": 64, "draws": 4, "observations": 4, "step_fraction": 0.25, "pool_start": 1024, "bounds": 0}
+TRAINING |= {"line_search": False}
 
 
 def row(name: str, problem, draws: Particles, y: Tensor, x: Tensor, seconds: float) -> str:
@@ -64,14 +70,7 @@ def main() -> None:
         y = problem.simulate(x, generator)
         (others, x), (theirs, y) = x.split([3, o.observations]), y.split([3, o.observations])
         rivals, ours = {}, {}
-        for name, method, grid in (
-            (
-                ("latent DPS", dps, [{"zeta": zeta} for zeta in ZETAS]),
-                ("PSLD", psld, [{"zeta": zeta, "gamma": gamma} for zeta in ZETAS for gamma in GAMMAS]),
-            )
-            if o.rivals
-            else ()
-        ):
+        for name, method, grid in METHODS if o.rivals else ():
             best = tuned(method, prior, problem, others, theirs, grid, n, Generator().manual_seed(1))
             label = ", ".join(f"{key} {value:g}" for key, value in best.items())
             rivals[f"{name}, {prior.steps} steps, {label}"] = partial(method, prior, problem, **best)
@@ -90,17 +89,8 @@ def main() -> None:
             }
         if o.steps:
             posterior = Posterior(prior, problem, start="prior")
-            options = {
-                "warm_start": 0.95,
-                "states": 64,
-                "draws": 4,
-                "observations": 4,
-                "step_fraction": 0.25,
-                "pool_start": 1024,
-                "bounds": 0,
-            }
             with torch.enable_grad():
-                fit(posterior, o.steps, 0, progress=False, line_search=False, **options)
+                fit(posterior, o.steps, 0, progress=False, **TRAINING)
             ours |= {f"ours, trained for {o.steps} steps": partial(importance, posterior), "the same, SMC": partial(smc, posterior)}
         for name, sample in (ours | rivals).items():
             start, draws = time.process_time(), sample(y, n, Generator().manual_seed(1))

@@ -88,12 +88,12 @@ class PosteriorTraining(LightningModule):
 
     def __init__(
         self, posterior: Posterior, y: Tensor | None = None, data: Tensor | None = None, *,
-        warm_start: float | None = None,
-        objective: str = "vargrad", behaviours: dict[str, float] | None = None, extra_noise: float = 0.0, states: int = 256,
-        observations: int = 8, draws: int = 8, lr: float = 2e-3, lr_rtb: float = 3e-5, lr_log_z: float = 1e-2,
-        clip: float | None = 10.0, max_grad_norm: float = 1.0, ema_decay: float = 0.999, pool: int = 8192, pool_start: int = 2048,
-        pool_growth: int = 256, slots: int = 256, capacity: int = 32, step_fraction: float = 1.0, chunk_size: int | None = 1024,
-        refresh: int = 20, line_search: bool = True, bounds: int = 8, output: str | None = None, test_draws: int = 64, seed: int = 0,
+        warm_start: float | None = None, objective: str = "vargrad", behaviours: dict[str, float] | None = None,
+        extra_noise: float = 0.0, states: int = 256, observations: int = 8, draws: int = 8, lr: float = 2e-3, lr_rtb: float = 3e-5,
+        lr_log_z: float = 1e-2, clip: float | None = 10.0, max_grad_norm: float = 1.0, ema_decay: float = 0.999, pool: int = 8192,
+        pool_start: int = 2048, pool_growth: int = 256, slots: int = 256, capacity: int = 32, step_fraction: float = 1.0,
+        chunk_size: int | None = 1024, refresh: int = 20, line_search: bool = True, bounds: int = 8, output: str | None = None,
+        test_draws: int = 64, seed: int = 0,
     ):  # fmt: skip
         super().__init__()
         self.automatic_optimization = False

@@ -43,7 +43,7 @@ class InverseProblem(nn.Module):
         shape, y_shape: shapes of one x and one y; known once `shape` is.
         config: what `from_config` needs, beside the buffers, to rebuild the problem (JSON); None where only code can.
         mask: for operators that pick elements of x, the boolean mask of `shape` they pick; else None.
-        y_range: for bounded operators, the least and the largest value that A(x) can have; else None.
+        y_range: for bounded operators under Gaussian noise, the least and the largest value that A(x) can have; else None.
         smoothed: for problems that see each element of x by itself, the logarithm of int N(x; mean, variance) p(y | x) dx, element by
             element: a function of mean, y (B, *shape) and variance, which broadcast to (*batch, *shape); else None. For a `NoiseRange`
             it takes the noise level of each y as well.

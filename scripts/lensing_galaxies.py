@@ -25,14 +25,15 @@ from tasks import Lensing, LensingFamily
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 options = {"prior": "priors/galaxies", "pixels": 32, "noise-std": 0.1, "draws": 12, "observations": 4, "seed": 0}
-for name, default in (options | {"output": Path("outputs/lensing_galaxies"), "truth": "simulator"}).items():
+for name, default in (options | {"output": Path("outputs/lensing_galaxies")}).items():
     parser.add_argument(f"--{name}", type=type(default), default=default)
+parser.add_argument("--truth", choices=("simulator", "prior"), default="simulator")
 o = parser.add_argument("--zeta", type=float, nargs="+", default=[3e-3]) and parser.parse_args()
-g, n, B, output = torch.Generator().manual_seed(o.seed), o.draws, o.observations, o.output
-prior, say = DiffusersPrior.from_pretrained(o.prior), report_to(output)
+g, n, B = torch.Generator().manual_seed(o.seed), o.draws, o.observations
+prior, say = DiffusersPrior.from_pretrained(o.prior), report_to(o.output)
 family = LensingFamily(Lensing(prior.shape, o.pixels, centre=(0.2, 0.1), image_fov=2.8, noise_std=o.noise_std, sky=-1.0), (0.4, 0.7))
-simulated = Path(o.prior).name == "galaxies" and o.truth == "simulator"
-x = galaxies(B + 66, g, prior.shape[-1]) if simulated else prior.sample(B + 66, g)
+new = Path(o.prior).name == "galaxies" and o.truth == "simulator"
+x = galaxies(B + 66, g, prior.shape[-1]) if new else prior.sample(B + 66, g)
 (x, others, known), found = x.split([B, 2, 64]), []  # the last say how wide the prior is
 y, of_others, posterior = family.simulate(x, g), family.simulate(others, g), Posterior(prior, family)
 several = family.several(family.split(y)[1])
@@ -52,10 +53,9 @@ for name, sample in {
         numbers = map(Estimate.of, torch.tensor(parts).T)
         say("    {} ({:.0%}): crps {}, coverage_90 {}, std {}, of the prior {}".format(region, masks.double().mean(), *numbers))
 
-z, guess = found[0], found[-1]
-plain, other = ("inferno", -1, 1), {1: ("inferno", -0.2, None), 3: ("viridis", 0, None), 7: ("RdBu_r", -4, 4)}
+z, plain, other = found[0], ("inferno", -1, 1), {1: ("inferno", -0.2, None), 3: ("viridis", 0, None), 7: ("RdBu_r", -4, 4)}
 titles = ["true source", "observed", "posterior mean", "posterior std", "draw 1", "draw 2", "mean of DPS", "residual / noise"]
-columns = [x, family.picture(y), z.mean(0), z.std(0), z[0], z[1], guess.mean(0), family.residual(z.mean(0, keepdim=True), y)[0]]
+columns = [x, family.picture(y), z.mean(0), z.std(0), z[0], z[1], found[-1].mean(0), family.residual(z.mean(0, keepdim=True), y)[0]]
 plt.style.use("dark_background")
 fig, axes = plt.subplots(B, 8, figsize=(13.6, 1.68 * B + 0.3), dpi=150, layout="constrained", squeeze=False)
 for (row, k), ax in np.ndenumerate(axes):
@@ -63,4 +63,4 @@ for (row, k), ax in np.ndenumerate(axes):
     if k == 3:
         ax.contour(several[row], [0.5], colors="white", linewidths=1.2)
     ax.set(title=titles[k] if row == 0 else "", xticks=[], yticks=[])
-fig.savefig(output / "lensing_galaxies.png")
+fig.savefig(o.output / "lensing_galaxies.png")

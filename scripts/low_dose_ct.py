@@ -26,8 +26,9 @@ from tasks import LowDoseCT
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 options = {"prior": "priors/phantoms", "angles": 16, "arc": 180.0, "photons": 200.0, "draws": 32, "observations": 3, "steps": 0}
-for name, default in (options | {"seed": 0, "truth": "simulator", "output": Path("outputs/low_dose_ct")}).items():
+for name, default in (options | {"seed": 0, "output": Path("outputs/low_dose_ct")}).items():
     parser.add_argument(f"--{name}", type=type(default), default=default)
+parser.add_argument("--truth", choices=("simulator", "prior"), default="simulator")
 o = parser.add_argument("--zeta", type=float, nargs="+", default=[0.003]) and parser.parse_args()
 output, say, simulated = o.output, report_to(o.output), Path(o.prior).name == "phantoms" and o.truth == "simulator"
 g, n, prior = torch.Generator().manual_seed(o.seed), o.draws, DiffusersPrior.from_pretrained(o.prior)

@@ -24,13 +24,13 @@ from tasks import InverseScattering
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 options = {"prior": "priors/phantoms", "output": "outputs/scattering", "wavelengths": 3.0, "noise": 0.03, "grid": 16, "draws": 16}
-for name, default in (options | {"observations": 2, "steps": 15, "truth": "simulator", "seed": 0}).items():
+for name, default in (options | {"observations": 2, "steps": 15, "seed": 0}).items():
     parser.add_argument(f"--{name}", type=type(default), default=default)
 parser.add_argument("--contrast", type=float, nargs="+", default=[0.05, 0.5])
+parser.add_argument("--truth", choices=("simulator", "prior"), default="simulator")
 o = parser.add_argument("--zeta", type=float, nargs="+", default=[1.0, 3.0, 10.0]) and parser.parse_args()
-g, prior, n = torch.Generator().manual_seed(o.seed), DiffusersPrior.from_pretrained(o.prior, o.steps), o.draws
-B, new = o.observations + 3, "phantoms" in o.prior and o.truth == "simulator"
-x = phantoms(B, g, prior.shape[-1]) if new else prior.sample(B, g)
+g, prior, n, B = torch.Generator().manual_seed(o.seed), DiffusersPrior.from_pretrained(o.prior, o.steps), o.draws, o.observations + 3
+x = phantoms(B, g, prior.shape[-1]) if "phantoms" in o.prior and o.truth == "simulator" else prior.sample(B, g)
 say, pool, (truth, others) = report_to(o.output), torch.nn.AdaptiveAvgPool2d(o.grid), x.tensor_split([-3])
 
 

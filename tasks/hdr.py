@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rtb_inverse.checks import check_positive
-from rtb_inverse.noise import log_interval
+from rtb_inverse.noise_distributions import log_interval
 from rtb_inverse.problems import GaussianNoise, InverseProblem
 from tasks.quantisation import check_limits
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from rtb_inverse.checks import check_count, check_tensor
-from rtb_inverse.noise import QuantisedNoise, QuantisedNormal
+from rtb_inverse.noise import QuantisedNoise
+from rtb_inverse.noise_distributions import QuantisedNormal
 from rtb_inverse.problems import InverseProblem
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)

@@ -26,9 +26,10 @@ def make_network(kind: str) -> torch.nn.Module:
     """An untrained network with seeded weights, its last convolution drawn wide enough to matter."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        if kind == "unet2d":
+        if kind in ("unet2d", "colours"):
+            c = 1 if kind == "unet2d" else 3
             network = UNet2DModel(
-                sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4,
+                sample_size=8, in_channels=c, out_channels=c, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4,
                 down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"), add_attention=False,
             )  # fmt: skip
             torch.nn.init.normal_(network.conv_out.weight, std=0.3)

@@ -29,6 +29,7 @@ RANK = {
     "diagnostics": 1,
     "distributions": 2,
     "noise": 2,
+    "noise_distributions": 2,
     "noise_range": 2,
     "problems": 2,
     "denoiser_error": 2,

@@ -6,9 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-
-from tasks.gallery import gallery, science
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {
@@ -41,13 +38,3 @@ def test_a_script_stays_short(name):
     """Under 60 lines, blank ones apart: what the README says."""
     lines = [line for line in (ROOT / "scripts" / f"{name}.py").read_text().splitlines() if line.strip()]
     assert len(lines) < 60
-
-
-def test_the_gallery_has_the_class_and_the_problems_of_science(tmp_path):
-    """In a block below the others, each on draws of its own prior."""
-    drawn = science(1)
-    assert {type(problem).__name__ for problem, _ in drawn.values()} == {
-        "ClassConstraint", "CoherentDiffraction", "InverseScattering", "Lensing", "LowDoseCT", "NavierStokes",
-    }  # fmt: skip
-    gallery(torch.zeros((1, 1, 8, 8)), tmp_path / "gallery.png", {}, drawn)
-    assert (tmp_path / "gallery.png").stat().st_size > 10_000
