@@ -59,21 +59,19 @@ def read_kernel(kernel) -> Tensor:
 
 
 class Blur(nn.Module):
-    """Convolution of every channel with one kernel (h, w): (M, C, H, W) to itself, or smaller by h - 1 and w - 1 where "valid"."""
+    """Convolution (deepinv's) of every channel with one kernel (h, w): (M, C, H, W) to itself, or smaller by h - 1 and w - 1 where "valid"."""
 
     kernel: Tensor
 
     def __init__(self, kernel: Tensor, boundary: str):
+        from deepinv.physics.functional import conv2d
+
         super().__init__()
         self.register_buffer("kernel", kernel)
-        self.boundary = boundary
+        self.boundary, self.convolve = boundary, conv2d
 
     def forward(self, x: Tensor) -> Tensor:
-        planes, (h, w) = x.reshape(-1, 1, *x.shape[-2:]), self.kernel.shape
-        if self.boundary != "valid":
-            planes = nn.functional.pad(planes, (w // 2, w // 2, h // 2, h // 2), self.boundary)
-        planes = nn.functional.conv2d(planes, self.kernel.flip(0, 1).to(x.dtype)[None, None])
-        return planes.reshape(*x.shape[:2], *planes.shape[-2:])
+        return self.convolve(x, self.kernel.to(x.dtype)[None, None], self.boundary)
 
 
 class Deblurring(LinearTask):

@@ -1,8 +1,8 @@
 r"""What the linear problems of imaging share: y = A x + noise_std n, n ~ N(0, I), for images x (C, H, W).
 
-Of deepinv these tasks take kernels, masks, transforms and the grids of rays. The products with A are their own, in any floating-point
-dtype, with all that is random in buffers that are saved with a posterior, and without loading deepinv where it is not needed; where
-deepinv has the operator, the tests compare the two.
+Of deepinv these tasks take convolutions, the transforms of MRI and of Hadamard, kernels, masks, and the grids of rays; and the tests
+compare their products with those of its physics. What is random is in buffers, which are saved with a posterior; deepinv is loaded where
+it is needed. (A physics of deepinv may also be the operator of a problem as it is: `InverseProblem(operator=physics.A, noise=...)`.)
 """
 
 import math

@@ -5,7 +5,6 @@ import warnings
 
 import torch
 from torch import Tensor, nn
-from torch.fft import fft2, fftshift, ifftshift
 
 from rtb_inverse.checks import check_fraction, seeded
 from tasks.linear import LinearTask, image_shape
@@ -22,18 +21,21 @@ def cartesian_columns(W: int, acceleration: float, central: float, seed: int) ->
 
 
 class KSpace(nn.Module):
-    """Columns of the centred orthonormal Fourier transform: (M, 1 or 2, H, W), real or real and imaginary part, to (M, H, columns, 2)."""
+    """Columns of the centred orthonormal Fourier transform (deepinv's): (M, 1 or 2, H, W), real or real and imaginary part, to
+    (M, H, columns, 2)."""
 
     columns: Tensor
 
     def __init__(self, columns: Tensor):
+        from deepinv.physics import MRI
+
         super().__init__()
         self.register_buffer("columns", columns)
+        self.transform = MRI.fft
 
     def forward(self, x: Tensor) -> Tensor:
         image = x[:, 0] if x.shape[1] == 1 else torch.complex(x[:, 0], x[:, 1])
-        spectrum = fftshift(fft2(ifftshift(image, (-2, -1)), norm="ortho"), (-2, -1))
-        return torch.view_as_real(spectrum[..., self.columns])
+        return torch.view_as_real(self.transform(image)[..., self.columns])
 
 
 class MRI(LinearTask):

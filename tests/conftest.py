@@ -11,6 +11,8 @@ from rtb_inverse.chains import Prior, path_log_prob, rollout
 from rtb_inverse.posterior import Posterior
 from rtb_inverse.schedules import FlowMatching, VarianceExploding, VariancePreserving, expand
 
+# Copies of a network are to be equal bit for bit; MKL rounds by where a matrix lies in memory on some processors, unless told not to.
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # read at its first product
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # tiny tensors: more threads only wait for each other
 
 # One of each kind; the variance-preserving one is that of the tiny scheduler below.

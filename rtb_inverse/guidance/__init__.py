@@ -92,6 +92,9 @@ def covariance_guidance(problem: InverseProblem, prior: Prior, beta: float) -> G
     operators that are not affine, noise that is not Gaussian, and latents; else None."""
     if not problem.whitens:
         return None
+    if isinstance(problem, NoiseRange) and problem.linear and not prior.decodes:
+        guide = average_guidance(problem.operator, prior, beta)
+        return None if guide is None else LevelGuidance(problem, guide, len(problem.shape))
     if prior.decodes or not isinstance(problem.noise, GaussianNoise) or not problem.linear:
         small = prior.shape.numel() ** 2 <= COVARIANCE_LIMIT
         if prior.exact_reversal or not small or prior.denoiser_covariance(prior.times[0]) is None:
@@ -99,11 +102,16 @@ def covariance_guidance(problem: InverseProblem, prior: Prior, beta: float) -> G
         decode = prior.decode if prior.decodes else None
         return guidance(problem, decode, len(prior.shape), lambda t: beta * prior.denoiser_covariance(t))
     d, m = problem.shape.numel(), problem.y_shape.numel()
-    size = d * m
     if d * max(d, m) <= GAUSSIAN_LIMIT and prior.gaussian_covariance() is not None:
         return GaussianGuidance(problem, prior, beta)
-    if prior.exact_reversal and size <= LOCAL_LIMIT:
+    if prior.exact_reversal and d * m <= LOCAL_LIMIT:
         return LocalGuidance(problem, prior.local_covariance, beta)
+    return average_guidance(problem, prior, beta)
+
+
+def average_guidance(problem: InverseProblem, prior: Prior, beta: float) -> CovarianceGuidance | None:
+    """Of a small affine operator, by the average covariance of the prior's error, where that is known; else None."""
+    size = problem.shape.numel() * problem.y_shape.numel()
     if size > COVARIANCE_LIMIT or prior.denoiser_covariance(prior.times[0]) is None:
         return None
     unit = prior.denoiser_covariance(prior.times[-2]).diagonal().clamp_min(1e-30).sqrt()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rtb_inverse.guidance.base import Guide, Update
+from rtb_inverse.guidance.matrices import CovarianceGuidance
 from rtb_inverse.noise_range import NoiseRange
 from rtb_inverse.problems import InverseProblem
 
@@ -56,7 +57,8 @@ class ElementGuidance(Guide):
 
 class LevelGuidance(Guide):
     """Each observation has its own noise level l, which y carries: noise of variance l^2 sigma^2 under an error r^2 moves the estimate, and
-    shrinks its variance, as sigma^2 under r^2 / l^2 does. So the guide of level 1 serves them all, if its update is linear in y."""
+    shrinks its variance, as sigma^2 under r^2 / l^2 does. So the guide of level 1 serves them all, if its update is linear in y; that by a
+    covariance takes l^2 as it is."""
 
     per_observation = True
 
@@ -70,6 +72,9 @@ class LevelGuidance(Guide):
     def forward(self, x_0, y, error, at=None):
         measurement, log_level = self.problem.split(y)
         level = log_level.double().exp().reshape(-1, *(1,) * self.event_dim)
-        update = self.guide(x_0, measurement, error / level**2, at)
+        if isinstance(self.guide, CovarianceGuidance):
+            update = self.guide(x_0, measurement, error, at, level.flatten() ** 2)
+        else:
+            update = self.guide(x_0, measurement, error / level**2, at)
         own = update.slope
         return replace(update, slope=None if own is None else lambda: own() / level.to(x_0.dtype) ** 2)

@@ -83,8 +83,12 @@ class AffineGuide(Guide):
 
 
 class CovarianceGuidance(AffineGuide):
-    """A small affine operator and a known covariance C_t of the denoiser's error: the gain is C_t A^T (A C_t A^T + sigma^2)^{-1}. The
-    variance shrinks element by element where A picks elements, else along the singular vectors of the whitened A diag(r), for one r.
+    """A small affine operator and a known covariance C_t of the denoiser's error: the gain is C_t A^T (A C_t A^T + l^2 sigma^2)^{-1} for
+    noise of level l. With W = 1 / sigma and W A C_t A^T W = U diag(lambda) U^T that is, at all levels,
+
+        C_t A^T W U diag(1 / (lambda + l^2)) U^T W.
+
+    The variance shrinks element by element where A picks elements, else along the singular vectors of the whitened A diag(r), for one r.
 
     Args:
         covariance: C_t (d, d) at one time t, float64.
@@ -98,42 +102,48 @@ class CovarianceGuidance(AffineGuide):
         super().__init__(problem, beta)
         self.see(problem, unit)
         self.covariance = covariance
-        self._known: dict[float, tuple[Tensor, Tensor]] = {}
+        self._known: dict[tuple[float, torch.dtype], tuple[Tensor, ...]] = {}
 
     def at(self, x_t, t):
         return t
 
-    def gain(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """At one time: the gain (d, m), and the share of the variance that is left: along the basis (m,), in units of C_t's diagonal, or of
-        each element (d,). Kept: a grid has few times."""
-        if float(t) not in self._known:
-            C, A = self.covariance(t), self.matrix.double()
-            S = A @ C @ A.T + torch.diag(self.noise_variance)
-            gain = torch.linalg.solve(S, A @ C).T
-            left = C - gain @ A @ C
+    def spectrum(self, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """At one time, of the r = min(m, d) directions of y that x can move: lambda (r,), U^T W (r, m), C_t A^T W U (d, r), and what 1 of
+        1 / (lambda + l^2) takes from the variance along the basis (m, r) or of each element (d, r), in units of C_t's diagonal; the
+        second and the third in `dtype`. Kept: a grid has few times."""
+        key = float(t), dtype
+        if key not in self._known:
+            C, whiten = self.covariance(t), self.noise_variance.rsqrt()
+            A = whiten[:, None] * self.matrix.double()
+            eigenvalues, U = (part[..., -min(A.shape) :] for part in torch.linalg.eigh(A @ C @ A.T))
+            pull = C @ A.T @ U
             variance = C.diagonal().clamp_min(1e-30)  # an element that never varies has none
-            if self.basis is None:
-                shrink = left.diagonal() / variance
-            else:
+            taken = pull.square() / variance[:, None]
+            if self.basis is not None:
                 along = self.basis / variance.sqrt()[:, None]
-                shrink = ((left @ along) * along).sum(0) / ((C @ along) * along).sum(0)
-            self._known[float(t)] = gain.to(self.matrix.dtype), shrink.clamp_min(1e-9)
-        return self._known[float(t)]
+                taken = (along.T @ pull).square() / ((C @ along) * along).sum(0)[:, None]
+            self._known[key] = eigenvalues.clamp_min(0), (U.T * whiten).to(dtype), pull.to(dtype), taken
+        return self._known[key]
 
-    def forward(self, x_0, y, error, at=None):
+    def forward(self, x_0, y, error, at=None, noise: Tensor | float = 1.0):
+        """`noise`: l^2, float64, (B,)."""
         residual = self.residual(x_0, y)
         times, which = at.unique(return_inverse=True)
-        known = [self.gain(time) for time in times]
-        gains, shrinks = [gain.to(x_0.device, x_0.dtype) for gain, _ in known], [shrink for _, shrink in known]
-        delta = product_by_time(residual, gains, which.expand(residual.shape[:-1]))
-        delta, shrink = delta.reshape(x_0.shape), torch.stack(shrinks).to(x_0.device)[which]
+        eigenvalues, whiten, pull, taken = zip(*(self.spectrum(time, x_0.dtype) for time in times), strict=True)
+        states = which.expand(residual.shape[:-1])
+        level = torch.as_tensor(noise, device=x_0.device)[..., None]
+        left = torch.stack(eigenvalues).to(x_0.device)[which] + level  # lambda + l^2, (*batch or ones, m)
+        seen = product_by_time(residual, [part.to(x_0.device) for part in whiten], states) / left.to(x_0.dtype)
+        delta = product_by_time(seen, [part.to(x_0.device) for part in pull], states).reshape(x_0.shape)
+        share = product_by_time(1 / left, [part.to(x_0.device) for part in taken], which.expand(left.shape[:-1]))
+        shrink = (1 - share).clamp_min(1e-9)
 
         def slope():
             return self.slope(self.residual(x_0 + delta, y)).reshape(x_0.shape)
 
         if self.basis is not None:
             return Update(delta, shrink, self.basis.to(x_0.device, x_0.dtype), slope=slope)
-        return Update(delta, shrink.reshape(*at.shape, *x_0.shape[x_0.ndim - self.event_dim :]), slope=slope)
+        return Update(delta, shrink.reshape(*shrink.shape[:-1], *x_0.shape[x_0.ndim - self.event_dim :]), slope=slope)
 
 
 class LocalGuidance(AffineGuide):
