@@ -59,7 +59,7 @@ def read_kernel(kernel) -> Tensor:
 
 
 class Blur(nn.Module):
-    """Convolution (deepinv's) of every channel with one kernel (h, w): (M, C, H, W) to itself, or smaller by h - 1 and w - 1 where "valid"."""
+    """Convolution (deepinv's) of every channel with one kernel (h, w): (M, C, H, W) to itself, or where "valid" smaller by h - 1, w - 1."""
 
     kernel: Tensor
 
