@@ -3,7 +3,8 @@
     python benchmarks/digit_generators.py [--seconds 60] [--problems box class] [--observations 8] [--draws 128] [--output FOLDER]
 
 For the VAE and the GAN: a box hidden, noise_std 0.1, and a class, by a small classifier that is trained here in seconds; y is simulated.
-The truth is 64 long chains of Hamiltonian Monte Carlo from draws of the prior, whose R-hat is said.
+The truth is 64 long chains of Hamiltonian Monte Carlo, of the box about the Laplace approximation, of a class from draws of the prior;
+their R-hat is said. Rivals are chains about the prior and, of the box, about the Laplace approximation; some of ours are re-noised.
 
     log p(y | x)    mean over draws, the reward
     diversity       root mean square distance of a draw from the mean of its observation's draws
@@ -25,14 +26,14 @@ from torch import Generator, Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from priors import DigitGenerator, GeneratorPrior, digits
-from rtb_inverse import InverseProblem, Posterior, fit, importance, smc
+from rtb_inverse import InverseProblem, Posterior, fit, importance, renoise_mcmc, smc
 from rtb_inverse.baselines import hmc, pcn
 from rtb_inverse.diagnostics import sliced_wasserstein
 from rtb_inverse.particles import Particles
 from rtb_inverse.plots import image_grid
 from tasks import ClassConstraint, Inpainting
 
-LONG = {"steps": 300, "burn_in": 300, "leaps": 8, "kept": 8}  # the truth, 64 chains
+LONG = {"steps": 1200, "burn_in": 300, "leaps": 8, "kept": 8}  # the truth, 64 chains
 HEAD = [
     "problem",
     "method",
@@ -91,7 +92,8 @@ class Comparison:
         self.prior = GeneratorPrior(self.counted, self.counted.generator.latent)
         problem.bind(self.prior.data_shape)
         self.y = problem.simulate(self.prior.decode(self.prior.sample(observations, self.generator)), self.generator)
-        truth = hmc(self.prior, problem, self.y, 64, self.generator, **LONG)
+        self.laws = ["prior"] if isinstance(problem, ClassConstraint) else ["prior", "laplace"]
+        truth = hmc(self.prior, problem, self.y, 64, self.generator, law=self.laws[-1], **LONG)
         shuffled = truth.x[torch.randperm(len(truth.x), generator=Generator().manual_seed(4))]
         self.truth, other, self.r_hat = shuffled[:draws], shuffled[draws : 2 * draws], float(truth.info["r_hat"].max())
         self.floor = sliced_wasserstein(other, self.truth, generator=Generator().manual_seed(1))
@@ -122,10 +124,14 @@ class Comparison:
     def run(self, seconds: float) -> Tensor:
         """All methods; the draws of ours, (N, B, 1, 8, 8)."""
         prior, problem = self.prior, self.problem
-        for method, steps in {"pCN, 80": 40, "pCN, 800": 400}.items():
-            self.add(method, lambda steps=steps, **a: pcn(prior, problem, steps=steps, burn_in=steps, **a))
-        for method, leaps, steps in (("MALA, 80", 1, 40), ("HMC, 80", 8, 5), ("HMC, 800", 8, 50)):
-            self.add(method, lambda leaps=leaps, steps=steps, **a: hmc(prior, problem, leaps=leaps, steps=steps, burn_in=steps, **a))
+        for law in self.laws:
+            about = "" if law == "prior" else " about Laplace"
+            for cost, steps in ((80, 40), (800, 400)):
+                options = {"law": law, "steps": steps, "burn_in": steps}
+                self.add(f"pCN{about}, {cost}", lambda options=options, **a: pcn(prior, problem, **options, **a))
+            for method, leaps, steps in (("MALA, 80", 1, 40), ("HMC, 80", 8, 5), ("HMC, 800", 8, 50)):
+                options = {"law": law, "leaps": leaps, "steps": steps, "burn_in": steps}
+                self.add(method.replace(",", f"{about},"), lambda options=options, **a: hmc(prior, problem, **options, **a))
         self.add("prior, importance", lambda **a: importance(Posterior(prior, problem, start="prior"), **a), proposal=True)
         untrained = Posterior(prior, problem, "guided")  # a class: by references
         self.add("ours, untrained", lambda **a: importance(untrained, **a), proposal=True)
@@ -133,6 +139,8 @@ class Comparison:
         posterior = self.trained(seconds)
         draws = self.add(f"ours, {time.process_time() - start:.0f} s of training", lambda **a: importance(posterior, **a), proposal=True)
         self.add("ours, SMC", lambda **a: smc(posterior, **a))
+        for sweeps in (80, 800):
+            self.add(f"ours, re-noised {sweeps} times", lambda sweeps=sweeps, **a: renoise_mcmc(posterior, sweeps=sweeps, **a))
         return draws.x
 
 

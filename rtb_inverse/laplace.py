@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rtb_inverse.chains import Prior
-from rtb_inverse.distributions import along
+from rtb_inverse.distributions import GaussianStep, along
 from rtb_inverse.guidance import Guide, Update
 from rtb_inverse.problems import InverseProblem
 
@@ -99,6 +99,13 @@ class LaplaceGuidance(Guide):
             pull = h * (V.mT @ z[..., None])[..., 0] - (V.mT @ (J.mT @ r[..., None]))[..., 0]
             self._last = y.clone(), (V, h.clamp_min(0), pull)
         return self._last[1]
+
+    @torch.no_grad()
+    def law(self, y: Tensor, wider: float = 1.0) -> GaussianStep:
+        """The approximation N(x*, (I + J^T J)^{-1}) of each posterior, its standard deviations `wider` times as large; batch (B,)."""
+        V, h, pull = self.solve(y)
+        mean = along(pull / (1 + h), V.mT).reshape(len(y), *self.starts.shape[1:])
+        return GaussianStep(mean, torch.full_like(mean, wider), self.event_dim, V, (1 + h).rsqrt())
 
     def log_evidence(self, x_0: Tensor, y: Tensor, at: Tensor) -> Tensor:
         """log int N(x; x_0, r_t^2 I) p(y | x)^beta dx of the approximation, but for a constant of each y: (N, B, *shape) to (N, B)."""

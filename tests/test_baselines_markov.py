@@ -45,10 +45,12 @@ def test_the_posterior_of_a_gaussian(name, exact_start, generator, assert_mean):
     assert_mean(torch.einsum("nbi,nbj->nbij", centred, centred), exact.covariance.expand(2, 4, 4))
 
 
+@pytest.mark.parametrize("law", ["prior", "laplace"])
 @pytest.mark.parametrize("name", METHODS)
-def test_in_the_noise_space_of_a_generator(name, generator, assert_mean):
+def test_in_the_noise_space_of_a_generator(name, law, generator, assert_mean):
     """x = W z + c: the draws of x have the closed-form posterior."""
     method, options = METHODS[name]
+    options = options | {"law": law}
     W, c = torch.randn((4, 3), generator=generator, dtype=D), torch.tensor([1.0, 0.0, -1.0, 0.5], dtype=D)
     prior = GeneratorPrior(lambda z: z @ W.T.to(z) + c.to(z), 3, dtype=D)
     y = torch.tensor([[0.7, -0.3]], dtype=D)
@@ -57,6 +59,31 @@ def test_in_the_noise_space_of_a_generator(name, generator, assert_mean):
     assert_mean(draws.x[:, 0], exact.mean[0])
     centred = draws.x[:, 0] - exact.mean[0]
     assert_mean(torch.einsum("ni,nj->nij", centred, centred), exact.covariance)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_by_the_laplace_approximation_of_a_curved_posterior(name, generator, assert_mean):
+    """Two observations of a curved x = f(z), whose posteriors are no Gaussians, against a sum over a grid."""
+    method, options = METHODS[name]
+    prior = GeneratorPrior(lambda z: z + 0.3 * (z[:, :1] * z[:, 1:]).expand_as(z), 2, dtype=D)
+    problem, y = (
+        InverseProblem(A[:, :2], GaussianNoise(torch.tensor(STD, dtype=D)), (2,)),
+        torch.tensor([[1.5, -1.0], [-0.5, 2.0]], dtype=D),
+    )
+    z = torch.cartesian_prod(*(torch.linspace(-6, 6, 601, dtype=D),) * 2)
+    weight = (problem.log_likelihood(prior.decode(z)[:, None], y) - 0.5 * z.square().sum(-1)[:, None]).softmax(0)
+    mean, square = (torch.einsum("gb,gd->bd", weight, f) for f in (prior.decode(z), prior.decode(z) ** 2))
+    draws = method(prior, problem, y, 2000, generator, law="laplace", steps=60, burn_in=60, **options)
+    assert_mean(draws.x, mean)
+    assert_mean(draws.x**2, square)
+
+
+def test_where_y_says_much_the_laplace_approximation_makes_longer_steps(generator):
+    prior = GeneratorPrior(lambda z: z + 0.02 * z.sin(), 4, dtype=D)
+    problem, y = InverseProblem(A, GaussianNoise(torch.tensor(0.02, dtype=D))), torch.tensor([[1.5, -1.0]], dtype=D)
+    known = {law: pcn(prior, problem, y, 20, generator, law=law, steps=400, burn_in=400).info for law in ("prior", "laplace")}
+    assert float(known["laplace"]["effective_draws"]) > 5 * float(known["prior"]["effective_draws"])
+    assert float(known["laplace"]["r_hat"]) < 1.05 < float(known["prior"]["r_hat"])
 
 
 @pytest.mark.parametrize("basis", [False, True])
@@ -131,6 +158,11 @@ def test_priors_and_operators_that_do_not_serve():
             method(3, matrix, y, 2)
     with pytest.raises(ValueError, match="differentiable operator for hmc"):
         hmc(make_gaussian(), InverseProblem(lambda x: x.detach().flatten(1) @ A.T.to(x), GaussianNoise(0.5)), y, 2)
+    for method in (pcn, hmc):
+        with pytest.raises(ValueError, match=r"law='laplace' needs a prior x_0 ~ N\(0, I\).*expected law='prior' here"):
+            method(make_gaussian(), problem(), y, 2, law="laplace")
+        with pytest.raises(ValueError, match="law must be one of prior, laplace, got 'best'"):
+            method(make_gaussian(), problem(), y, 2, law="best")
     wrong = InverseProblem(lambda x: x.flatten(1).log(), GaussianNoise(0.5), shape=None)
     with pytest.raises(ValueError):
         pcn(make_gaussian(), wrong, torch.zeros((1, 4), dtype=D), 2)
