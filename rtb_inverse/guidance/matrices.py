@@ -125,18 +125,19 @@ class CovarianceGuidance(AffineGuide):
             self._known[key] = eigenvalues.clamp_min(0), (U.T * whiten).to(dtype), pull.to(dtype), taken
         return self._known[key]
 
-    def forward(self, x_0, y, error, at=None, noise: Tensor | float = 1.0):
-        """`noise`: l^2, float64, (B,)."""
+    def forward(self, x_0, y, error, at=None, noise: Tensor | None = None):
+        """`noise`: l^2, float64, (B,); None: 1."""
         residual = self.residual(x_0, y)
         times, which = at.unique(return_inverse=True)
-        eigenvalues, whiten, pull, taken = zip(*(self.spectrum(time, x_0.dtype) for time in times), strict=True)
+        known = [self.spectrum(time, x_0.dtype) for time in times]
+        eigenvalues, whiten, pull, taken = ([part.to(x_0.device) for part in parts] for parts in zip(*known, strict=True))
+        level = residual.new_ones((), dtype=torch.float64) if noise is None else noise
+        of = (which,) if noise is None else (which, torch.arange(len(level), device=x_0.device))
+        inverse = [1 / (value + level[..., None]) for value in eigenvalues]  # 1 / (lambda + l^2), (r,) or (B, r)
+        shrink = torch.stack([1 - share @ part.T for share, part in zip(inverse, taken, strict=True)])[of].clamp_min(1e-9)
         states = which.expand(residual.shape[:-1])
-        level = torch.as_tensor(noise, device=x_0.device)[..., None]
-        left = torch.stack(eigenvalues).to(x_0.device)[which] + level  # lambda + l^2, (*batch or ones, m)
-        seen = product_by_time(residual, [part.to(x_0.device) for part in whiten], states) / left.to(x_0.dtype)
-        delta = product_by_time(seen, [part.to(x_0.device) for part in pull], states).reshape(x_0.shape)
-        share = product_by_time(1 / left, [part.to(x_0.device) for part in taken], which.expand(left.shape[:-1]))
-        shrink = (1 - share).clamp_min(1e-9)
+        seen = product_by_time(residual, whiten, states) * torch.stack(inverse)[of].to(x_0.dtype)
+        delta = product_by_time(seen, pull, states).reshape(x_0.shape)
 
         def slope():
             return self.slope(self.residual(x_0 + delta, y)).reshape(x_0.shape)
