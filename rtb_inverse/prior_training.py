@@ -32,6 +32,7 @@ class PriorTraining(LightningModule):
         min_snr: weights are clipped as in Min-SNR (Hang et al. 2023, arXiv 2303.09556) at this signal-to-noise ratio, where given.
         error_draws: the denoiser's error is measured on at least so many draws of the prior.
         start: folder of a finished prior whose weights `network` continues from, for example one that a shorter run wrote.
+        seed: of times and noise; those of a step depend on nothing before it, so that an interrupted training resumes to the same result.
     """
 
     network: ModelMixin
@@ -39,7 +40,7 @@ class PriorTraining(LightningModule):
     def __init__(
         self, network: nn.Module, scheduler: SchedulerMixin, output: str, steps: int = 20, lr: float = 1e-3, warmup: int = 200,
         ema_decay: float = 0.999, weight_decay: float = 0.0, min_snr: float | None = None,
-        error_draws: int = 2048, start: str | None = None,
+        error_draws: int = 2048, start: str | None = None, seed: int = 0,
     ):  # fmt: skip
         super().__init__()
         self.network, self.scheduler = network, scheduler
@@ -50,7 +51,7 @@ class PriorTraining(LightningModule):
             load_into(network, load_weights(file), file)
         self.lr, self.warmup, self.weight_decay = check_positive("lr", lr), warmup, weight_decay
         self.min_snr, self.error_draws = min_snr, check_count("error_draws", error_draws)
-        self.ema = ExponentialMovingAverage(network.parameters(), ema_decay)
+        self.ema, self.seed = ExponentialMovingAverage(network.parameters(), ema_decay), seed
 
     def loss(self, x_0: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Mean weighted squared error on clean x_0, (M, *shape)."""
@@ -67,12 +68,15 @@ class PriorTraining(LightningModule):
         return (error * (snr.clamp_max(self.min_snr) / (snr + 1)).to(error.dtype)).mean()
 
     def training_step(self, batch, index):
-        loss = self.loss(check_tensor("x", batch[0] if isinstance(batch, (list, tuple)) else batch))
+        number = self.trainer.fit_loop.total_batch_idx * self.trainer.world_size + self.global_rank
+        generator = torch.Generator(self.device).manual_seed(2**32 * self.seed + number)
+        loss = self.loss(check_tensor("x", batch[0] if isinstance(batch, (list, tuple)) else batch), generator)
         self.log("loss", loss, prog_bar=True)
         return loss
 
-    def on_train_batch_end(self, outputs, batch, index):
-        self.ema.update()
+    def optimizer_step(self, *args, **kwargs):
+        super().optimizer_step(*args, **kwargs)
+        self.ema.update()  # before a callback at the end of the batch writes a checkpoint
 
     def on_validation_epoch_start(self):
         self.ema.swap()

@@ -5,10 +5,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import make_network
 from diffusers import DDPMScheduler, UNet2DModel
-from lightning.pytorch.callbacks import Timer
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback, Timer
+from torch.utils.data import TensorDataset
 
 from priors import DiffusersPrior
+from priors.tensor_data import OrderOfEpochs, TensorData
 from rtb_inverse.prior_training import PriorTraining
 
 DIGITS = "priors/digits"
@@ -62,3 +66,33 @@ def test_training_continues_from_finished_weights(tmp_path):
         training(tmp_path, start=DIGITS, network={"block_out_channels": [32, 32]})
     with pytest.raises(FileNotFoundError, match="no weights"):
         training(tmp_path, start=str(tmp_path))
+
+
+def test_an_interrupted_training_resumes_to_the_same_result(tmp_path):
+    """Within an epoch: the order of the examples, times, noise, averages and learning rate go on where they were."""
+    x = torch.randn((40, 1, 8, 8), generator=torch.Generator().manual_seed(0))
+
+    class SaveAt(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 6:
+                trainer.save_checkpoint(tmp_path / "last.ckpt")
+
+    def train(name, ckpt_path=None):
+        torch.manual_seed(len(name))  # of no account
+        module = PriorTraining(make_network("unet2d"), DDPMScheduler(), str(tmp_path / name), 2, lr=1e-3, warmup=2, error_draws=8)
+        data = TensorData(TensorDataset(x[:32]), TensorDataset(x[32:]), batch_size=8)
+        options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+        Trainer(max_steps=9, accelerator="cpu", callbacks=[SaveAt()], **options).fit(module, data, ckpt_path=ckpt_path)
+        return module
+
+    began = [parameter.clone() for parameter in make_network("unet2d").parameters()]
+    whole, resumed = train("whole"), train("resumed", tmp_path / "last.ckpt")
+    for a, b, c in zip(whole.network.parameters(), resumed.network.parameters(), began, strict=True):
+        assert torch.equal(a, b) and not torch.equal(a, c)
+    assert all(torch.equal(a, b) for a, b in zip(whole.ema.averages, resumed.ema.averages, strict=True))
+
+
+def test_each_epoch_has_another_order_and_goes_on_where_it_was():
+    first, second = list(OrderOfEpochs(10, 3, lambda: 0)), list(OrderOfEpochs(10, 3, lambda: 3))
+    assert sorted(first) == sorted(second) == list(range(10)) and first != second
+    assert list(OrderOfEpochs(10, 3, lambda: 2)) == first[6:] and list(OrderOfEpochs(10, 3, lambda: 4)) == second[3:]
