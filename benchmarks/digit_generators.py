@@ -121,7 +121,7 @@ class Comparison:
         steps = max(20, int(20 * seconds / (time.process_time() - start)))
         return fit(Posterior(self.prior, self.problem), steps, 0, **options)
 
-    def run(self, seconds: float) -> Tensor:
+    def run(self, seconds: float, sweeps: list[int]) -> Tensor:
         """All methods; the draws of ours, (N, B, 1, 8, 8)."""
         prior, problem = self.prior, self.problem
         for law in self.laws:
@@ -139,8 +139,8 @@ class Comparison:
         posterior = self.trained(seconds)
         draws = self.add(f"ours, {time.process_time() - start:.0f} s of training", lambda **a: importance(posterior, **a), proposal=True)
         self.add("ours, SMC", lambda **a: smc(posterior, **a))
-        for sweeps in (80, 800):
-            self.add(f"ours, re-noised {sweeps} times", lambda sweeps=sweeps, **a: renoise_mcmc(posterior, sweeps=sweeps, **a))
+        for k in sweeps:
+            self.add(f"ours, re-noised {k} times", lambda k=k, **a: renoise_mcmc(posterior, sweeps=k, **a))
         return draws.x
 
 
@@ -150,6 +150,7 @@ def main() -> None:
     parser.add_argument("--observations", type=int, default=8)
     parser.add_argument("--draws", type=int, default=128, help="at most 256, half of the truth's")
     parser.add_argument("--problems", nargs="+", default=["box", "class"], choices=["box", "class"])
+    parser.add_argument("--sweeps", nargs="*", type=int, default=[80, 800], help="of re-noising, an evaluation of f each")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -158,7 +159,7 @@ def main() -> None:
         known = {"box": Inpainting((1, 8, 8), mask="box", noise_std=0.1), "class": ClassConstraint(seen)}
         for label, problem in ((label, known[label]) for label in args.problems):
             comparison = Comparison(name, label, problem, args.observations, args.draws)
-            x = comparison.run(args.seconds)
+            x = comparison.run(args.seconds, args.sweeps)
             lines += comparison.lines
             print(f"{comparison.label}: R-hat of the truth {comparison.r_hat:.3f}")
             if label == "box":
