@@ -1,6 +1,6 @@
 r"""What the linear problems of imaging share: y = A x + noise_std n, n ~ N(0, I), for images x (C, H, W).
 
-Of deepinv these tasks take convolutions, the transforms of MRI and of Hadamard, kernels, masks, and the grids of rays; and the tests
+Of deepinv these tasks take the transforms of MRI and of Hadamard, kernels, masks, and the grids of rays; and the tests
 compare their products with those of its physics. What is random is in buffers, which are saved with a posterior; deepinv is loaded where
 it is needed. (A physics of deepinv may also be the operator of a problem as it is: `InverseProblem(operator=physics.A, noise=...)`.)
 """
