@@ -23,6 +23,7 @@ def test_the_three_are_there():
 def test_it_runs_from_a_clean_kernel(file, tmp_path, monkeypatch):
     """A cell that raises ends in CellExecutionError; a cell that takes more than five minutes in CellTimeoutError."""
     monkeypatch.setenv("RTB_INVERSE_FAST", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # beside other tests, threads of one kernel wait for those of another
     NotebookClient(read(file), timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
 
 
