@@ -50,7 +50,7 @@ if o.reference:
     floor = sliced_wasserstein(chains.x[::2][:n], chains.x[1::2][:n])
     ours = sliced_wasserstein(draws.resample(n, generator).x, chains.x[::2][:n])
     said += [
-        f"mean {off:.2f} posterior std from that of the chains, std {(draws.std / std).mean():.2f} times its; sliced Wasserstein "
+        f"mean {off:.2f} posterior std from that of the chains, std {(draws.std / std).mean():.2f} times theirs; sliced Wasserstein "
         f"{float(ours / floor):.2f} times the floor; chains: R-hat {float(chains.info['r_hat'].max()):.3f}, "
         f"{float(chains.info['effective_draws'].min()):.0f} effective draws in {time.perf_counter() - start:.0f} s"
     ]

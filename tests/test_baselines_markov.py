@@ -66,10 +66,8 @@ def test_by_the_laplace_approximation_of_a_curved_posterior(name, generator, ass
     """Two observations of a curved x = f(z), whose posteriors are no Gaussians, against a sum over a grid."""
     method, options = METHODS[name]
     prior = GeneratorPrior(lambda z: z + 0.3 * (z[:, :1] * z[:, 1:]).expand_as(z), 2, dtype=D)
-    problem, y = (
-        InverseProblem(A[:, :2], GaussianNoise(torch.tensor(STD, dtype=D)), (2,)),
-        torch.tensor([[1.5, -1.0], [-0.5, 2.0]], dtype=D),
-    )
+    problem = InverseProblem(A[:, :2], GaussianNoise(torch.tensor(STD, dtype=D)), (2,))
+    y = torch.tensor([[1.5, -1.0], [-0.5, 2.0]], dtype=D)
     z = torch.cartesian_prod(*(torch.linspace(-6, 6, 601, dtype=D),) * 2)
     weight = (problem.log_likelihood(prior.decode(z)[:, None], y) - 0.5 * z.square().sum(-1)[:, None]).softmax(0)
     mean, square = (torch.einsum("gb,gd->bd", weight, f) for f in (prior.decode(z), prior.decode(z) ** 2))

@@ -78,7 +78,6 @@ def test_an_interrupted_training_resumes_to_the_same_result(tmp_path):
                 trainer.save_checkpoint(tmp_path / "last.ckpt")
 
     def train(name, ckpt_path=None):
-        torch.manual_seed(len(name))  # of no account
         module = PriorTraining(make_network("unet2d"), DDPMScheduler(), str(tmp_path / name), 2, lr=1e-3, warmup=2, error_draws=8)
         data = TensorData(TensorDataset(x[:32]), TensorDataset(x[32:]), batch_size=8)
         options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}

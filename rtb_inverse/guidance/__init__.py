@@ -94,7 +94,8 @@ def covariance_guidance(problem: InverseProblem, prior: Prior, beta: float) -> G
         return None
     if isinstance(problem, NoiseRange) and problem.linear and not prior.decodes:
         guide = average_guidance(problem.operator, prior, beta)
-        return None if guide is None else LevelGuidance(problem, guide, len(problem.shape))
+        if guide is not None:
+            return LevelGuidance(problem, guide, len(problem.shape))
     if prior.decodes or not isinstance(problem.noise, GaussianNoise) or not problem.linear:
         small = prior.shape.numel() ** 2 <= COVARIANCE_LIMIT
         if prior.exact_reversal or not small or prior.denoiser_covariance(prior.times[0]) is None:
