@@ -3,18 +3,20 @@
 The classes of draws by a classifier (of the 8x8 digits a small one that is trained here in seconds). Of --look simulated observations those
 whose own draws are the least sure of their class. References, as far as they agree:
 
-    long      a run of ours of so many draws, weighted by the exact path weights, and SMC with as many particles; 0: none
+    long      a run of ours of so many draws, weighted by the exact path weights, and SMC with as many particles, each --runs times, joined
+              by their evidence; 0: none
     chains    where re-noising chains (`renoise_mcmc`, which leaves the posterior as it is) end after --sweeps, from our draws, and from
               draws of the prior, of any class: as far as the two agree they have forgotten where they began; 0: none
 
     total variation     half the sum of the absolute differences of the shares, from the first reference; over observations
-    its own halves      that of its two halves from one another
+    its own halves      that of its two halves, of the runs or of the chains, from one another
     ESS                 effective draws; a total variation of about .4 sqrt(number of classes / ESS) is its own noise
 
 DPS has the zeta that is best, by CRPS, on eight other observations. One thread; prints Markdown.
 """
 
 import argparse
+from functools import partial
 
 import torch
 from digit_generators import classifier
@@ -25,10 +27,12 @@ from rtb_inverse import Posterior, importance, renoise_mcmc, simulate_observatio
 from rtb_inverse.baselines import dps, tuned_zeta
 from rtb_inverse.diagnostics import Estimate
 from rtb_inverse.particles import Particles
+from tasks import Inpainting
 from tasks.gallery import EXAMPLES
 
 OWN, CHUNK = 32, 512
 TASKS = ["inpainting, half", "super-resolution, ×4", "phase retrieval"]
+PROBLEMS = EXAMPLES | {"inpainting, half, noise 1": partial(Inpainting, mask="half", noise_std=1.0)}
 ZETAS = (0.1, 0.3, 1.0, 3.0)
 
 
@@ -43,12 +47,18 @@ def distance(p: Tensor, q: Tensor) -> Tensor:
 
 
 def part(draws: Particles, k: int) -> Particles:
-    return Particles(draws.x[k::2], draws.log_w[k::2])
+    half = len(draws.x) // 2
+    own = slice(k * half, (k + 1) * half)
+    return Particles(draws.x[own], draws.log_w[own])
+
+
+def joined(runs: list[Particles]) -> Particles:
+    return Particles(torch.cat([run.x for run in runs]), torch.cat([run.log_w for run in runs]))
 
 
 @torch.no_grad()
 def compare(task: str, prior: DiffusersPrior, seen: nn.Module, o: argparse.Namespace) -> None:
-    posterior = Posterior(prior, EXAMPLES[task](prior.shape))
+    posterior = Posterior(prior, PROBLEMS[task](prior.shape))
     problem, generator = posterior.problem, Generator().manual_seed(0)
     held, others = simulate_observations(posterior, o.look, generator), simulate_observations(posterior, 8, generator)
     own = shares(seen, posterior.sample(held.y, OWN, generator))
@@ -59,8 +69,11 @@ def compare(task: str, prior: DiffusersPrior, seen: nn.Module, o: argparse.Names
         draws = dps(prior, problem, y, o.draws, generator, zeta=zeta, batch_size=CHUNK)
         plain[f"DPS, {prior.steps} steps, zeta {zeta:g}"] = draws
     if o.long:
-        references[f"ours, weighted, {o.long} draws"] = importance(posterior, y, o.long, generator, batch_size=CHUNK)
-        references[f"SMC, {o.long} particles"] = smc(posterior, y, o.long, generator)
+        for name, run in {"ours, weighted": partial(importance, batch_size=CHUNK), "SMC": smc}.items():
+            runs = [run(posterior, y, o.long, generator) for _ in range(o.runs)]
+            log_z = torch.stack([one.log_z for one in runs])
+            spread = f"; log Z of a run ± {float(log_z.std(0).square().mean().sqrt()):.2f}" if o.runs > 1 else ""
+            references[f"{name}, {o.runs} × {o.long}{spread}"] = joined(runs)
     if o.sweeps:
         anywhere = prior.draws[torch.randint(len(prior.draws), (o.chains * len(y),), generator=generator)].unflatten(0, (o.chains, len(y)))
         for name, start in {"our draws": posterior.sample(y, o.chains, generator).x, "the prior's": anywhere}.items():
@@ -80,10 +93,10 @@ def compare(task: str, prior: DiffusersPrior, seen: nn.Module, o: argparse.Names
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", default=TASKS, choices=list(EXAMPLES))
+    parser.add_argument("--tasks", nargs="+", default=TASKS, choices=list(PROBLEMS))
     parser.add_argument("--prior", default="digits", choices=["digits", "mnist"])
     parser.add_argument("--rivals", default=True, action=argparse.BooleanOptionalAction)
-    for name, default in {"look": 48, "observations": 6, "draws": 512, "long": 8192, "chains": 64, "sweeps": 60}.items():
+    for name, default in {"look": 48, "observations": 6, "draws": 512, "long": 8192, "runs": 1, "chains": 64, "sweeps": 60}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     o = parser.parse_args()
     if not o.long and not o.sweeps:
