@@ -76,7 +76,8 @@ def compare(task: str, prior: DiffusersPrior, seen: nn.Module, o: argparse.Names
             references[f"{name}, {o.runs} × {o.long}{spread}"] = joined(runs)
     if o.sweeps:
         anywhere = prior.draws[torch.randint(len(prior.draws), (o.chains * len(y),), generator=generator)].unflatten(0, (o.chains, len(y)))
-        for name, start in {"our draws": posterior.sample(y, o.chains, generator).x, "the prior's": anywhere}.items():
+        starts = {"ours": ("our draws", posterior.sample(y, o.chains, generator).x), "prior": ("the prior's", anywhere)}
+        for name, start in (starts[which] for which in o.starts):
             draws = renoise_mcmc(posterior, y, o.chains, generator, sweeps=o.sweeps, start=start, progress=True)
             accepted = Estimate.of(draws.info["acceptance"])
             references[f"{o.chains} chains, {o.sweeps} sweeps from {name} ({accepted} accepted)"] = draws
@@ -95,6 +96,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", default=TASKS, choices=list(PROBLEMS))
     parser.add_argument("--prior", default="digits", choices=["digits", "mnist"])
+    parser.add_argument("--starts", nargs="+", default=["ours", "prior"], choices=["ours", "prior"], help="of the chains")
     parser.add_argument("--rivals", default=True, action=argparse.BooleanOptionalAction)
     for name, default in {"look": 48, "observations": 6, "draws": 512, "long": 8192, "runs": 1, "chains": 64, "sweeps": 60}.items():
         parser.add_argument(f"--{name}", type=int, default=default)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import LightningModule
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.nn.functional import softplus
 
 from priors.generator import GeneratorPrior
@@ -17,6 +17,7 @@ from priors.variational import VariationalTraining
 from rtb_inverse.averaging import ExponentialMovingAverage
 from rtb_inverse.checkpoints import load_into, load_weights, read_json, save_tensors, write_json
 from rtb_inverse.checks import check_count, check_number, check_positive, check_writable
+from rtb_inverse.prior_training import generator_of_step
 
 SHAPE = (1, 8, 8)
 FILE, CONFIG = "generator.safetensors", "generator_config.json"
@@ -105,11 +106,12 @@ class GANTraining(LightningModule):
         self.output, self.lr, self.penalty = check_writable("output", output), check_positive("lr", lr), check_positive("penalty", penalty)
         self.blur, self.ema = check_number("blur", blur, 0), ExponentialMovingAverage(self.generator.parameters(), ema_decay)
 
-    def judge(self, x: Tensor) -> Tensor:
-        return self.critic((x + self.blur * torch.randn_like(x)).flatten(1))[:, 0]
+    def judge(self, x: Tensor, generator: Generator) -> Tensor:
+        noise = torch.randn(x.shape, generator=generator, device=x.device)
+        return self.critic((x + self.blur * noise).flatten(1))[:, 0]
 
-    def make(self, n: int) -> Tensor:
-        return self.generator(torch.randn((n, self.generator.latent), device=self.device))
+    def make(self, n: int, generator: Generator) -> Tensor:
+        return self.generator(torch.randn((n, self.generator.latent), generator=generator, device=self.device))
 
     def step(self, optimizer, loss: Tensor) -> None:
         optimizer.zero_grad()
@@ -118,12 +120,13 @@ class GANTraining(LightningModule):
 
     def training_step(self, batch, index):
         for_critic, for_generator = self.optimizers()
-        x = batch[0].requires_grad_()
-        real = self.judge(x)
+        x, generator = batch[0].requires_grad_(), generator_of_step(self)
+        real = self.judge(x, generator)
         slope = torch.autograd.grad(real.sum(), x, create_graph=True)[0].square().flatten(1).sum(1)
-        loss = (softplus(-real) + softplus(self.judge(self.make(len(x)).detach())) + self.penalty / 2 * slope).mean()
+        made = self.judge(self.make(len(x), generator).detach(), generator)
+        loss = (softplus(-real) + softplus(made) + self.penalty / 2 * slope).mean()
         self.step(for_critic, loss)
-        fooled = softplus(-self.judge(self.make(len(x)))).mean()
+        fooled = softplus(-self.judge(self.make(len(x), generator), generator)).mean()
         self.step(for_generator, fooled)
         self.ema.update()
         self.log_dict({"critic": loss, "generator": fooled}, prog_bar=True)

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import LightningModule
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from rtb_inverse.checkpoints import load_into, load_weights, save_tensors
 from rtb_inverse.checks import check_fraction, check_positive, check_tensor, check_writable
+from rtb_inverse.prior_training import generator_of_step, seeded
 
 SHAPE = (1, 28, 28)
 FILE = "classifier.safetensors"
@@ -75,14 +76,17 @@ class MNISTClassifierTraining(LightningModule):
 
     def training_step(self, batch, index):
         x, c = batch
-        loss = cross_entropy(self.classifier(x), c) + self.noise * self.surety_of_noise(x[: max(2, round(self.noise * len(x)))])
+        seen_again = x[: max(2, round(self.noise * len(x)))]
+        generator = generator_of_step(self)
+        with seeded(generator):
+            loss = cross_entropy(self.classifier(x), c) + self.noise * self.surety_of_noise(seen_again, generator)
         self.log("loss", loss, prog_bar=True)
         return loss
 
-    def surety_of_noise(self, x: Tensor) -> Tensor:
+    def surety_of_noise(self, x: Tensor, generator: Generator) -> Tensor:
         """Cross-entropy of the classifier on noise made from x (M, 1, 28, 28), for uniform c."""
-        shuffled = x.flatten()[torch.randperm(x.numel(), device=x.device)].view_as(x)
-        noise = torch.cat([shuffled[::2], 2 * torch.rand_like(x[1::2]) - 1])
+        shuffled = x.flatten()[torch.randperm(x.numel(), generator=generator, device=x.device)].view_as(x)
+        noise = torch.cat([shuffled[::2], 2 * torch.rand(x[1::2].shape, generator=generator, device=x.device) - 1])
         return -self.classifier(noise).log_softmax(1).mean()
 
     def validation_step(self, batch, index):

@@ -5,9 +5,10 @@ minimise    E_q(z | x) |x - D(z)|^2 / (2 s^2) + kl KL(q(z | x) | N(0, I)),      
 
 import torch
 from lightning.pytorch import LightningModule
-from torch import Tensor
+from torch import Generator, Tensor
 
 from rtb_inverse.checks import check_number, check_positive, check_writable
+from rtb_inverse.prior_training import generator_of_step
 
 
 class VariationalTraining(LightningModule):
@@ -34,20 +35,21 @@ class VariationalTraining(LightningModule):
         """Write what was trained to `output`."""
         raise NotImplementedError
 
-    def loss(self, x: Tensor) -> Tensor:
+    def loss(self, x: Tensor, generator: Generator | None = None) -> Tensor:
         """Of images x (M, C, H, W), per image; for kl = 1 minus their evidence bound, but for a constant."""
         mean, log_std = self.encode(x)
-        z = mean + log_std.exp() * torch.randn_like(mean)
+        z = mean + log_std.exp() * torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
         misfit = (x - self.decode(z)).square().flatten(1).sum(1) / (2 * self.std**2)
         return (misfit + self.kl / 2 * (mean**2 + (2 * log_std).exp() - 1 - 2 * log_std).flatten(1).sum(1)).mean()
 
     def training_step(self, batch, index):
-        loss = self.loss(batch[0])
+        loss = self.loss(batch[0], generator_of_step(self))
         self.log("loss", loss, prog_bar=True)
         return loss
 
     def validation_step(self, batch, index):
-        self.log("val_loss", torch.stack([self.loss(batch[0]) for _ in range(4)]).mean(), prog_bar=True)
+        generator = Generator(self.device).manual_seed(index)
+        self.log("val_loss", torch.stack([self.loss(batch[0], generator) for _ in range(4)]).mean(), prog_bar=True)
 
     def configure_optimizers(self):
         optimizer = torch.optim.AdamW(self.parameters(), self.lr, weight_decay=1e-4)

@@ -2,6 +2,8 @@
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -16,6 +18,21 @@ from rtb_inverse.checkpoints import ERROR_FILE, WEIGHTS, load_into, load_weights
 from rtb_inverse.checks import check_count, check_positive, check_tensor, check_writable
 from rtb_inverse.denoiser_error import DenoiserError
 from rtb_inverse.schedules import schedule_from_config
+
+
+def generator_of_step(module: LightningModule, seed: int = 0) -> torch.Generator:
+    """For the random numbers of the training step at hand, which then depend on nothing before it: so an interrupted training resumes to
+    the same result."""
+    number = module.trainer.fit_loop.total_batch_idx * module.trainer.world_size + module.global_rank
+    return torch.Generator(module.device).manual_seed(2**32 * seed + number)
+
+
+@contextmanager
+def seeded(generator: torch.Generator) -> Iterator[None]:
+    """Dropout knows the global state only: seeded as the generator was, and afterwards as it was before."""
+    with torch.random.fork_rng():
+        torch.manual_seed(generator.initial_seed())
+        yield
 
 
 class PriorTraining(LightningModule):
@@ -68,9 +85,10 @@ class PriorTraining(LightningModule):
         return (error * (snr.clamp_max(self.min_snr) / (snr + 1)).to(error.dtype)).mean()
 
     def training_step(self, batch, index):
-        number = self.trainer.fit_loop.total_batch_idx * self.trainer.world_size + self.global_rank
-        generator = torch.Generator(self.device).manual_seed(2**32 * self.seed + number)
-        loss = self.loss(check_tensor("x", batch[0] if isinstance(batch, (list, tuple)) else batch), generator)
+        x = check_tensor("x", batch[0] if isinstance(batch, (list, tuple)) else batch)
+        generator = generator_of_step(self, self.seed)
+        with seeded(generator):
+            loss = self.loss(x, generator)
         self.log("loss", loss, prog_bar=True)
         return loss
 

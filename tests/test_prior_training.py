@@ -1,17 +1,21 @@
 """The learning rate of a prior's training, and a training that goes on from finished weights."""
 
 import math
+from copy import deepcopy
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import make_network
 from diffusers import DDPMScheduler, UNet2DModel
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Timer
 from torch.utils.data import TensorDataset
 
 from priors import DiffusersPrior
+from priors.digit_generators import GANTraining, VAETraining
+from priors.mnist_classifier import MNISTClassifierTraining
 from priors.tensor_data import OrderOfEpochs, TensorData
 from rtb_inverse.prior_training import PriorTraining
 
@@ -68,27 +72,46 @@ def test_training_continues_from_finished_weights(tmp_path):
         training(tmp_path, start=str(tmp_path))
 
 
+def train_some(module: LightningModule, data: TensorData, folder: Path, ckpt_path: Path | None = None) -> LightningModule:
+    """Nine steps, of which the sixth writes last.ckpt."""
+
+    class SaveAt(Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, index):
+            if trainer.fit_loop.total_batch_idx == 5:
+                trainer.save_checkpoint(folder / "last.ckpt")
+
+    options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    steps = 9 if module.automatic_optimization else 18  # the trainer counts those of both optimisers
+    Trainer(max_steps=steps, accelerator="cpu", callbacks=[SaveAt()], **options).fit(module, data, ckpt_path=ckpt_path)
+    return module
+
+
 def test_an_interrupted_training_resumes_to_the_same_result(tmp_path):
     """Within an epoch: the order of the examples, times, noise, averages and learning rate go on where they were."""
     x = torch.randn((40, 1, 8, 8), generator=torch.Generator().manual_seed(0))
 
-    class SaveAt(Callback):
-        def on_train_batch_end(self, trainer, *_):
-            if trainer.global_step == 6:
-                trainer.save_checkpoint(tmp_path / "last.ckpt")
-
     def train(name, ckpt_path=None):
         module = PriorTraining(make_network("unet2d"), DDPMScheduler(), str(tmp_path / name), 2, lr=1e-3, warmup=2, error_draws=8)
-        data = TensorData(TensorDataset(x[:32]), TensorDataset(x[32:]), batch_size=8)
-        options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-        Trainer(max_steps=9, accelerator="cpu", callbacks=[SaveAt()], **options).fit(module, data, ckpt_path=ckpt_path)
-        return module
+        return train_some(module, TensorData(TensorDataset(x[:32]), TensorDataset(x[32:]), batch_size=8), tmp_path, ckpt_path)
 
     began = [parameter.clone() for parameter in make_network("unet2d").parameters()]
     whole, resumed = train("whole"), train("resumed", tmp_path / "last.ckpt")
     for a, b, c in zip(whole.network.parameters(), resumed.network.parameters(), began, strict=True):
         assert torch.equal(a, b) and not torch.equal(a, c)
     assert all(torch.equal(a, b) for a, b in zip(whole.ema.averages, resumed.ema.averages, strict=True))
+
+
+@pytest.mark.parametrize("recipe", [VAETraining, GANTraining, MNISTClassifierTraining])
+def test_other_recipes_resume_too(recipe, tmp_path, generator):
+    x = torch.rand((40, 1, *((28, 28) if recipe is MNISTClassifierTraining else (8, 8))), generator=generator)
+    c = torch.randint(10, (40,), generator=generator)
+    data = TensorData(TensorDataset(x[:32], c[:32]), TensorDataset(x[32:], c[32:]), batch_size=8)
+    untrained = recipe(str(tmp_path))
+    whole = train_some(deepcopy(untrained), data, tmp_path)
+    resumed = train_some(deepcopy(untrained), data, tmp_path, tmp_path / "last.ckpt")
+    states = (module.state_dict() for module in (whole, resumed, untrained))
+    pairs = list(zip(*(state.values() for state in states), strict=True))
+    assert all(torch.equal(a, b) for a, b, _ in pairs) and not all(torch.equal(a, c) for a, _, c in pairs)
 
 
 def test_each_epoch_has_another_order_and_goes_on_where_it_was():
