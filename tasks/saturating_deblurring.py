@@ -37,7 +37,7 @@ class SaturatingDeblurring(InverseProblem):
         self.gain = check_positive("gain", gain)
         super().__init__(self.observed, GaussianNoise(noise_std), linear=False)
         self.y_range = (-1 / math.tanh(self.gain), 1 / math.tanh(self.gain))
-        self.blur = Blur(gaussian_kernel(2 * reach + 1, float(blur_std)), "replicate")
+        self.blur = Blur(gaussian_kernel(2 * reach + 1, float(blur_std)), "replicate", tuple(shape[1:]))
         self.config = {"shape": list(shape), "blur_std": float(blur_std), "gain": self.gain, "noise_std": float(noise_std)}
         self.bind(shape)
 

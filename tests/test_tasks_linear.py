@@ -299,13 +299,15 @@ def test_bicubic_is_matlabs_inside_and_area_is_a_mean(generator):
 
 
 @pytest.mark.parametrize("boundary, mode", [("reflect", "mirror"), ("replicate", "nearest"), ("circular", "wrap"), ("valid", "mirror")])
-@pytest.mark.parametrize("size", [(3, 3), (7, 5), (9, 9)])
-def test_blur_is_scipys_and_deepinvs(boundary, mode, size, generator):
-    x, kernel = randn(generator, 2, 3, 9, 10), torch.rand(size, generator=generator)
-    problem = Deblurring((3, 9, 10), kernel, boundary=boundary)
+@pytest.mark.parametrize("size, image", [((3, 3), (9, 10)), ((7, 5), (9, 10)), ((9, 9), (9, 10)), ((3, 3), (40, 30))])
+def test_blur_is_scipys_and_deepinvs(boundary, mode, size, image, generator):
+    """As a sum of products of matrices, and, where that would be slower, as a convolution."""
+    x, kernel = randn(generator, 2, 3, *image), torch.rand(size, generator=generator)
+    problem = Deblurring((3, *image), kernel, boundary=boundary)
+    assert (problem.operator.rows is None) == (image == (40, 30))
     truth = scipy.ndimage.convolve(x.numpy(), kernel.double().numpy()[None, None], mode=mode)
     if boundary == "valid":
-        truth = truth[:, :, size[0] // 2 : 9 - size[0] // 2, size[1] // 2 : 10 - size[1] // 2]
+        truth = truth[:, :, size[0] // 2 : image[0] - size[0] // 2, size[1] // 2 : image[1] - size[1] // 2]
     torch.testing.assert_close(problem(x), torch.from_numpy(truth.copy()), rtol=1e-10, atol=1e-10)
     theirs = physics.Blur(kernel.double()[None, None], padding=boundary)
     torch.testing.assert_close(problem(x), theirs.A(x), rtol=1e-10, atol=1e-10)
