@@ -9,7 +9,8 @@ whose own draws are the least sure of their class. References, as far as they ag
               draws of the prior, of any class: as far as the two agree they have forgotten where they began; 0: none
 
     total variation     half the sum of the absolute differences of the shares, from the first reference; over observations
-    its own halves      that of its two halves, of the runs or of the chains, from one another
+    its own halves      that of its two halves, of the runs (if there are an even number; of one run they share ancestors) or of the
+                        chains, from one another
     ESS                 effective draws; a total variation of about .4 sqrt(number of classes / ESS) is its own noise
 
 DPS has the zeta that is best, by CRPS, on eight other observations. One thread; prints Markdown.

@@ -2,7 +2,7 @@
 
 log Z of the same untrained posterior by importance sampling, by SMC with the whole of its twist (`pilot=0`) and with the power that a pilot
 measures, with as many network evaluations: n draws, or particles and pilot together. The mean weight is without bias, so that the mean of
-log Z falls short of the truth by half its variance or more: the higher the mean, and the smaller the spread over runs, the better. Means
+log Z falls short of the truth by about half its variance: the higher the mean, and the smaller the spread over runs, the better. Means
 and spreads over the observations. One thread; prints Markdown.
 """
 

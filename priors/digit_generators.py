@@ -107,7 +107,7 @@ class GANTraining(LightningModule):
         self.blur, self.ema = check_number("blur", blur, 0), ExponentialMovingAverage(self.generator.parameters(), ema_decay)
 
     def judge(self, x: Tensor, generator: Generator) -> Tensor:
-        noise = torch.randn(x.shape, generator=generator, device=x.device)
+        noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
         return self.critic((x + self.blur * noise).flatten(1))[:, 0]
 
     def make(self, n: int, generator: Generator) -> Tensor:

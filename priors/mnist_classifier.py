@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 
 from rtb_inverse.checkpoints import load_into, load_weights, save_tensors
 from rtb_inverse.checks import check_fraction, check_positive, check_tensor, check_writable
-from rtb_inverse.prior_training import generator_of_step, seeded
+from rtb_inverse.prior_training import generator_of_step, global_state_from
 
 SHAPE = (1, 28, 28)
 FILE = "classifier.safetensors"
@@ -78,7 +78,7 @@ class MNISTClassifierTraining(LightningModule):
         x, c = batch
         seen_again = x[: max(2, round(self.noise * len(x)))]
         generator = generator_of_step(self)
-        with seeded(generator):
+        with global_state_from(generator):
             loss = cross_entropy(self.classifier(x), c) + self.noise * self.surety_of_noise(seen_again, generator)
         self.log("loss", loss, prog_bar=True)
         return loss

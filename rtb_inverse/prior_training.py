@@ -19,19 +19,21 @@ from rtb_inverse.checks import check_count, check_positive, check_tensor, check_
 from rtb_inverse.denoiser_error import DenoiserError
 from rtb_inverse.schedules import schedule_from_config
 
+ODD = 2654435761  # apart by it, the steps of one seed and the next have no numbers in common
+
 
 def generator_of_step(module: LightningModule, seed: int = 0) -> torch.Generator:
     """For the random numbers of the training step at hand, which then depend on nothing before it: so an interrupted training resumes to
     the same result."""
     number = module.trainer.fit_loop.total_batch_idx * module.trainer.world_size + module.global_rank
-    return torch.Generator(module.device).manual_seed(2**32 * seed + number)
+    return torch.Generator(module.device).manual_seed(ODD * seed + number)  # of which a CPU takes the lowest 32 bits
 
 
 @contextmanager
-def seeded(generator: torch.Generator) -> Iterator[None]:
-    """Dropout knows the global state only: seeded as the generator was, and afterwards as it was before."""
+def global_state_from(generator: torch.Generator) -> Iterator[None]:
+    """Dropout knows the global random state only: seeded by the generator, and afterwards as it was before."""
     with torch.random.fork_rng():
-        torch.manual_seed(generator.initial_seed())
+        torch.manual_seed(int(torch.randint(2**62, (), generator=generator, device=generator.device)))
         yield
 
 
@@ -68,7 +70,7 @@ class PriorTraining(LightningModule):
             load_into(network, load_weights(file), file)
         self.lr, self.warmup, self.weight_decay = check_positive("lr", lr), warmup, weight_decay
         self.min_snr, self.error_draws = min_snr, check_count("error_draws", error_draws)
-        self.ema, self.seed = ExponentialMovingAverage(network.parameters(), ema_decay), seed
+        self.ema, self.seed = ExponentialMovingAverage(network.parameters(), ema_decay), check_count("seed", seed, 0)
 
     def loss(self, x_0: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Mean weighted squared error on clean x_0, (M, *shape)."""
@@ -87,7 +89,7 @@ class PriorTraining(LightningModule):
     def training_step(self, batch, index):
         x = check_tensor("x", batch[0] if isinstance(batch, (list, tuple)) else batch)
         generator = generator_of_step(self, self.seed)
-        with seeded(generator):
+        with global_state_from(generator):
             loss = self.loss(x, generator)
         self.log("loss", loss, prog_bar=True)
         return loss

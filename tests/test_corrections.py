@@ -12,7 +12,7 @@ from conftest import Coarse
 from priors import GaussianMixturePrior, GaussianPrior
 from rtb_inverse import GaussianNoise, InverseProblem, Posterior, Reward, corrections, importance, refine, renoise_mcmc, rollout, smc
 from rtb_inverse.corrections import twists
-from rtb_inverse.corrections.sequential import LARGEST, measured_powers
+from rtb_inverse.corrections.sequential import measured_powers, share_out
 from rtb_inverse.corrections.twists import make_twist
 from rtb_inverse.diagnostics import pareto_smooth
 from tasks import Inpainting
@@ -208,12 +208,12 @@ def test_evidence_is_unbiased(start, twist, pilot, generator):
 
 def test_a_pilot_finds_the_power_of_a_twist(generator):
     """Along the exact chain of a Gaussian what is still to come is log psi itself: its power is 1, that of its cube a third, of its inverse
-    the least there is, of its tenth root the largest; one that is the same everywhere has none to learn."""
+    and of its tenth root the least and the largest there are; one that is the same everywhere has none to learn."""
     prior = GaussianPrior(torch.ones(2, dtype=D), torch.tensor([[1.0, 0.3], [0.3, 2.0]], dtype=D), steps=6)
     posterior = Posterior(prior, InverseProblem(torch.tensor([[1.0, 0.5]], dtype=D), GaussianNoise(0.3)), width=8)
     y = torch.tensor([[0.7], [-1.0]], dtype=D)
     psi = make_twist(posterior, y, "guide")
-    for scale, power in ((1.0, 1.0), (3.0, 1 / 3), (-1.0, 0.0), (0.1, LARGEST), (0.0, 1.0)):
+    for scale, power in ((1.0, 1.0), (3.0, 1 / 3), (-1.0, 0.0), (0.1, 1.0), (0.0, 1.0)):
         found = measured_powers(posterior, y, 9, lambda *of, scale=scale: scale * psi(*of), generator)
         torch.testing.assert_close(found[1:], torch.full((5,), power, dtype=D), atol=1e-6, rtol=0)  # x_T tells nothing
 
@@ -224,6 +224,9 @@ def test_a_pilot_is_paid_for(make_prior, generator):
     y, one = torch.zeros((2, posterior.shape.numel())), posterior.evaluations()
     runs = {n: smc(posterior, y, n, generator).info["evaluations"] / one for n in (4, 32)}
     assert runs == {4: 1.0, 32: 1.25}
+    assert [share_out(None, n, b, runs) for n, b, runs in ((8, 8, None), (9999, 1, None), (2, 8, 5), (8, 8, 1))] == [
+        (0, 8), (256, 9999), (0, 10), (0, 8)
+    ]  # fmt: skip
     spent = [smc(posterior, y, 8, generator, budget=8 * one, **of) for of in ({}, {"pilot": 0}, {"pilot": 24})]
     assert all(run.info["evaluations"] == 8 * one and run.x.shape[0] == 8 for run in spent)
 
@@ -363,8 +366,9 @@ def test_networks_and_rewards_run(make_prior, generator):
     [
         (lambda p, y: smc(p, y, 1), "n must be an integer of at least 2"),
         (lambda p, y: smc(p, y, twist="gradient"), "twist must be one of guide, likelihood, none, got 'gradient'"),
-        (lambda p, y: smc(p, y, pilot=2), "pilot must be an integer of at least 3"),
-        (lambda p, y: smc(p, y, 8, pilot=17, budget=3 * p.evaluations()), "pilot must leave n of the 24 .* got 17; expected at most 16"),
+        (lambda p, y: smc(p, y, pilot=2), "pilot must be 0 or an integer of at least 3, got 2"),
+        (lambda p, y: smc(p, y, twist="none", pilot=True), "pilot must be 0 or an integer of at least 3, got True"),
+        (lambda p, y: smc(p, y, 8, pilot=17, budget=3 * p.evaluations()), "pilot must leave n of the 24 .* got 17; .* at most 16, or 0"),
         (lambda p, y: smc(p, y, threshold=1.5), r"threshold must be in \[0, 1\], got 1.5"),
         (lambda p, y: smc(p, y[:, :0]), "y must have shape"),
         (lambda p, y: renoise_mcmc(p, y, 0), "n must be an integer of at least 1"),

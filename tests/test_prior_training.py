@@ -17,7 +17,7 @@ from priors import DiffusersPrior
 from priors.digit_generators import GANTraining, VAETraining
 from priors.mnist_classifier import MNISTClassifierTraining
 from priors.tensor_data import OrderOfEpochs, TensorData
-from rtb_inverse.prior_training import PriorTraining
+from rtb_inverse.prior_training import PriorTraining, generator_of_step
 
 DIGITS = "priors/digits"
 
@@ -99,6 +99,16 @@ def test_an_interrupted_training_resumes_to_the_same_result(tmp_path):
     for a, b, c in zip(whole.network.parameters(), resumed.network.parameters(), began, strict=True):
         assert torch.equal(a, b) and not torch.equal(a, c)
     assert all(torch.equal(a, b) for a, b in zip(whole.ema.averages, resumed.ema.averages, strict=True))
+
+
+def test_each_seed_and_step_has_numbers_of_its_own():
+    def numbers(seed, step):
+        trainer = SimpleNamespace(fit_loop=SimpleNamespace(total_batch_idx=step), world_size=1)
+        generator = generator_of_step(SimpleNamespace(trainer=trainer, global_rank=0, device="cpu"), seed)
+        return torch.rand(4, generator=generator)
+
+    found = [numbers(seed, step) for seed in (0, 1, 7) for step in (0, 1, 2)]
+    assert len({tuple(each.tolist()) for each in found}) == 9 and torch.equal(numbers(7, 2), found[-1])
 
 
 @pytest.mark.parametrize("recipe", [VAETraining, GANTraining, MNISTClassifierTraining])
