@@ -77,7 +77,7 @@ class Blur(nn.Module):
 
     kernel: Tensor
     rows: Tensor | None  # (H', H R), of R terms
-    columns: Tensor  # (W, R W')
+    columns: Tensor | None  # (W, R W')
 
     def __init__(self, kernel: Tensor, boundary: str, size: tuple[int, int]):
         super().__init__()
@@ -88,11 +88,11 @@ class Blur(nn.Module):
         few = len(terms) * sum(size) <= CHEAP * kernel.numel()
         rows = torch.stack([along_axis(S[i] * U[:, i], size[0], boundary) for i in terms], -1).flatten(1) if few else None
         columns = torch.cat([along_axis(Vh[i], size[1], boundary).T for i in terms], 1) if few else None
-        self.register_buffer("rows", rows, persistent=False)
-        self.register_buffer("columns", columns, persistent=False)
+        for name, value in {"rows": rows, "columns": columns}.items():
+            self.register_buffer(name, None if value is None else value.to(kernel.device), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.rows is not None:
+        if self.rows is not None and self.columns is not None:
             along_rows = x @ self.columns.to(x.dtype)
             return self.rows.to(x.dtype) @ along_rows.unflatten(-1, (self.rows.shape[1] // x.shape[-2], -1)).flatten(-3, -2)
         planes, (h, w) = x.reshape(-1, 1, *x.shape[-2:]), self.kernel.shape
