@@ -9,7 +9,8 @@ from torch.nn.functional import cross_entropy
 
 from rtb_inverse.checkpoints import load_into, load_weights, save_tensors
 from rtb_inverse.checks import check_fraction, check_positive, check_tensor, check_writable
-from rtb_inverse.prior_training import generator_of_step, global_state_from
+from rtb_inverse.distributions import global_state_from
+from rtb_inverse.prior_training import generator_of_step
 
 SHAPE = (1, 28, 28)
 FILE = "classifier.safetensors"

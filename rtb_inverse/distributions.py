@@ -1,6 +1,8 @@
 """The Gaussian of one reverse step, and drawing with an explicit generator."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Generator, Tensor
@@ -16,10 +18,17 @@ def draw(distribution: Distribution, generator: Generator | None = None) -> Tens
         return distribution.sample(generator=generator)
     if generator is None:
         return distribution.sample()
+    with global_state_from(generator):
+        return distribution.sample()
+
+
+@contextmanager
+def global_state_from(generator: Generator) -> Iterator[None]:
+    """For what knows the global random state only (torch's distributions, dropout): seeded from the generator, and restored afterwards."""
     seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return distribution.sample()
+        yield
 
 
 def along(v: Tensor, basis: Tensor) -> Tensor:

@@ -2,8 +2,6 @@
 
 import json
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -17,6 +15,7 @@ from rtb_inverse.chains import Prior
 from rtb_inverse.checkpoints import ERROR_FILE, WEIGHTS, load_into, load_weights, save_tensors
 from rtb_inverse.checks import check_count, check_positive, check_tensor, check_writable
 from rtb_inverse.denoiser_error import DenoiserError
+from rtb_inverse.distributions import global_state_from
 from rtb_inverse.schedules import schedule_from_config
 
 ODD = 2654435761  # apart by it, the steps of one seed and the next have no numbers in common
@@ -27,14 +26,6 @@ def generator_of_step(module: LightningModule, seed: int = 0) -> torch.Generator
     the same result."""
     number = module.trainer.fit_loop.total_batch_idx * module.trainer.world_size + module.global_rank
     return torch.Generator(module.device).manual_seed(ODD * seed + number)  # of which a CPU takes the lowest 32 bits
-
-
-@contextmanager
-def global_state_from(generator: torch.Generator) -> Iterator[None]:
-    """Dropout knows the global random state only: seeded by the generator, and afterwards as it was before."""
-    with torch.random.fork_rng():
-        torch.manual_seed(int(torch.randint(2**62, (), generator=generator, device=generator.device)))
-        yield
 
 
 class PriorTraining(LightningModule):
@@ -89,7 +80,7 @@ class PriorTraining(LightningModule):
     def training_step(self, batch, index):
         x = check_tensor("x", batch[0] if isinstance(batch, (list, tuple)) else batch)
         generator = generator_of_step(self, self.seed)
-        with global_state_from(generator):
+        with global_state_from(generator):  # a network's dropout
             loss = self.loss(x, generator)
         self.log("loss", loss, prog_bar=True)
         return loss

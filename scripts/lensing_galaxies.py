@@ -40,7 +40,7 @@ several = family.several(family.split(y)[1])
 zeta = tuned_zeta(prior, family, others, of_others, o.zeta, 8, g, True) if len(o.zeta) > 1 else o.zeta[0]
 for name, sample in {
     f"posterior ({posterior.evaluations()} network evaluations)": partial(posterior.sample, y, n, g, progress=True),
-    f"SMC ({posterior.evaluations() + prior.steps}, and a pilot's)": partial(smc, posterior, y, n, g, progress=True),
+    f"SMC ({posterior.evaluations() + prior.steps} a particle)": partial(smc, posterior, y, n, g, progress=True),
     f"twisted SMC ({prior.steps})": partial(twisted, prior, family, y, n, g, progress=True),
     f"DPS ({prior.steps}; zeta {zeta:g})": partial(dps, prior, family, y, n, g, zeta=zeta, progress=True),
 }.items():

@@ -41,7 +41,7 @@ fbp, found, line = problem.condition(y), [], ""
 zeta = tuned_zeta(prior, problem, others, of_others, o.zeta, 16, g, True) if len(o.zeta) > 1 else o.zeta[0]
 for name, sample in (
     (f"posterior ({posterior.evaluations()} network evaluations)", partial(posterior.sample, y, n, g, progress=True)),
-    (f"SMC ({posterior.evaluations() + prior.steps}, and a pilot's)", partial(smc, posterior, y, n, g, progress=True)),
+    (f"SMC ({posterior.evaluations() + prior.steps} a particle)", partial(smc, posterior, y, n, g, progress=True)),
     (f"DPS ({prior.steps}; zeta {zeta:g})", partial(dps, prior, problem, y, n, g, zeta=zeta, progress=True)),
 ):
     z, said = judge(problem, sample, y, x, g)

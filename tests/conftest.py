@@ -9,6 +9,7 @@ from diffusers import DDPMScheduler, UNet1DModel, UNet2DModel
 from priors import DiffusersPrior, GaussianMixturePrior, GaussianPrior
 from rtb_inverse.chains import Prior, path_log_prob, rollout
 from rtb_inverse.posterior import Posterior
+from rtb_inverse.problems import GaussianNoise, InverseProblem
 from rtb_inverse.schedules import FlowMatching, VarianceExploding, VariancePreserving, expand
 
 # Copies of a network are to be equal bit for bit; MKL rounds by where a matrix lies in memory on some processors, unless told not to.
@@ -67,6 +68,11 @@ def make_gaussian(shape=(1, 2, 2), steps: int = 4, seed: int = 0, **options) -> 
     Q = torch.linalg.qr(torch.randn((d, d), generator=generator, dtype=torch.float64))[0]
     covariance = (Q * (0.1 + torch.rand(d, generator=generator, dtype=torch.float64))) @ Q.T
     return GaussianPrior(torch.randn(shape, generator=generator, dtype=torch.float64), covariance, steps=steps, **options)
+
+
+def z(samples: torch.Tensor, truth: float) -> float:
+    """The mean of the samples less the truth, in its own standard errors."""
+    return float((samples.mean() - truth) / samples.std() * samples.numel() ** 0.5)
 
 
 @pytest.fixture
@@ -145,6 +151,31 @@ class Coarse(Prior):
     def denoise(self, x_t, t):
         alpha, sigma = (expand(c, x_t) for c in self.schedule.alpha_sigma(t))
         return 1 + 4 * alpha / (4 * alpha**2 + sigma**2) * (x_t - alpha)
+
+
+def marginal(prior: Coarse) -> tuple[float, float]:
+    """Mean and variance of the chain's own x_0, from its affine steps."""
+    zero, one = torch.zeros((1, 2), dtype=torch.float64), torch.ones((1, 2), dtype=torch.float64)
+    start = prior.initial((1,))
+    mean, variance = float(start.mean[0, 0]), float(start.variance[0, 0])
+    for t, s in zip(prior.times[:-1], prior.times[1:], strict=True):
+        offset = float(prior.transition(zero, t, s).mean[0, 0])
+        step = prior.transition(one, t, s)
+        slope = float(step.mean[0, 0]) - offset
+        mean, variance = offset + slope * mean, slope**2 * variance + float(step.variance[0, 0])
+    return mean, variance
+
+
+MATRIX, NOISE = torch.tensor([[1.0, -0.5]], dtype=torch.float64), 0.5  # of what a mixture is seen by
+
+
+def mixture_posterior(start: str = "guided") -> Posterior:
+    """Untrained, but off the start: no ratio is one by chance."""
+    prior = make_mixture(2, steps=6)
+    posterior = Posterior(prior, InverseProblem(MATRIX, GaussianNoise(NOISE)), start, width=16)
+    with torch.no_grad():
+        posterior.log_scale += 0.2
+    return posterior
 
 
 @pytest.fixture

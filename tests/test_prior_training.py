@@ -1,7 +1,8 @@
-"""The learning rate of a prior's training, and a training that goes on from finished weights."""
+"""Trainings of priors: the learning rate, going on from finished weights, and interrupted ones that resume to the same result."""
 
 import math
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from lightning.pytorch.callbacks import Callback, Timer
 from torch.utils.data import TensorDataset
 
 from priors import DiffusersPrior
+from priors.autoencoders import AutoencoderTraining
 from priors.digit_generators import GANTraining, VAETraining
 from priors.mnist_classifier import MNISTClassifierTraining
 from priors.tensor_data import OrderOfEpochs, TensorData
@@ -111,7 +113,10 @@ def test_each_seed_and_step_has_numbers_of_its_own():
     assert len({tuple(each.tolist()) for each in found}) == 9 and torch.equal(numbers(7, 2), found[-1])
 
 
-@pytest.mark.parametrize("recipe", [VAETraining, GANTraining, MNISTClassifierTraining])
+SMALL = {"in_channels": 1, "out_channels": 1, "latent_channels": 1, "block_out_channels": (8,), "norm_num_groups": 4}
+
+
+@pytest.mark.parametrize("recipe", [VAETraining, GANTraining, MNISTClassifierTraining, partial(AutoencoderTraining, SMALL)])
 def test_other_recipes_resume_too(recipe, tmp_path, generator):
     x = torch.rand((40, 1, *((28, 28) if recipe is MNISTClassifierTraining else (8, 8))), generator=generator)
     c = torch.randint(10, (40,), generator=generator)

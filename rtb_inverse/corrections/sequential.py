@@ -135,9 +135,10 @@ def measured_powers(
 
     u, v = centred(torch.stack(psi).double()), centred(to_come)
     square = u.square().sum((1, 2))
-    slope = ((u * v).sum((1, 2)) / square).nan_to_num(1.0)  # 0 / 0: a twist that is the same for all
+    tiny = torch.finfo(square.dtype).tiny  # a twist that is the same for all has a square of 0, and its power stays 1
+    slope = (u * v).sum((1, 2)) / square.clamp_min(tiny)
     scatter = (v - slope[:, None, None] * u).square().sum((1, 2)) / possible.sum((1, 2)).clamp_min(1)
-    certain = (square / (square + scatter)).nan_to_num(1.0)
+    certain = square / (square + scatter).clamp_min(tiny)
     return torch.lerp(torch.ones_like(slope), slope, certain).clamp(0, 1).to(x.dtype)
 
 
