@@ -54,6 +54,11 @@ class DiffusersPrior(Prior):
             raise ValueError("network.config.sample_size must be set, got None: the prior needs the shape of x")
         size = tuple(size) if isinstance(size, (tuple, list)) else (size,) * (1 if isinstance(network, UNet1DModel) else 2)
         schedule = schedule if isinstance(schedule, Schedule) else schedule_from_config(schedule)
+        if config.out_channels != channels:
+            learnt = " (with variances, which the steps here do not take)" * (config.out_channels == 2 * channels)
+            raise ValueError(f"network must give as many channels as it takes, {channels}, got {config.out_channels}{learnt}")
+        if getattr(network, "class_embedding", None) is not None:
+            raise ValueError("network must not ask for a class, got one with a class embedding: a prior is of x alone")
         super().__init__((channels, *size), schedule, steps, eta, variance, min_std)
         self.network = network.requires_grad_(False).eval()
         self.error = error
@@ -132,10 +137,13 @@ class DiffusersPrior(Prior):
         return self
 
     def keep_draws(self, n: int, generator: torch.Generator | None = None, batch_size: int = 1024) -> "DiffusersPrior":
-        """Draw n, `batch_size` at a time, and keep them in `draws`. Returns itself."""
+        """Draw n, `batch_size` at a time, and keep them in `draws`, in half precision where that can hold them, as they are saved. Returns
+        itself."""
         check_count("n", n)
         check_count("batch_size", batch_size)
-        self.draws = torch.cat([self.sample(min(batch_size, n - i), generator) for i in range(0, n, batch_size)])
+        draws = torch.cat([self.sample(min(batch_size, n - i), generator) for i in range(0, n, batch_size)])
+        half = draws.half().to(draws)
+        self.draws = half if half.isfinite().all() else draws
         return self
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -147,4 +155,5 @@ class DiffusersPrior(Prior):
         if self.error is not None:
             save_tensors(self.error.tensors(), folder / ERROR_FILE)
         if self.draws is not None:
-            save_tensors({"draws": self.draws.half()}, folder / DRAWS_FILE)
+            half = self.draws.half()
+            save_tensors({"draws": half if torch.equal(half.to(self.draws), self.draws) else self.draws}, folder / DRAWS_FILE)

@@ -1,10 +1,12 @@
 """The 1,797 real 8x8 handwritten digits that scikit-learn ships (UCI optical recognition of handwritten digits, test part)."""
 
 import torch
-from lightning.pytorch import LightningDataModule
 from sklearn.datasets import load_digits
 from torch import Tensor
-from torch.utils.data import DataLoader, RandomSampler, TensorDataset
+from torch.utils.data import TensorDataset
+
+from priors.tensor_data import TensorData
+from rtb_inverse.checks import check_count
 
 HELD_OUT = 300  # the last ones: other writers than most of the rest
 
@@ -22,7 +24,7 @@ def held_out_digits() -> Tensor:
     return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
 
 
-class DigitsData(LightningDataModule):
+class DigitsData(TensorData):
     """Digits for training a prior; validation on the held-out ones.
 
     Args:
@@ -31,13 +33,5 @@ class DigitsData(LightningDataModule):
     """
 
     def __init__(self, batch_size: int = 128, steps_per_epoch: int = 500):
-        super().__init__()
-        self.batch_size, self.steps_per_epoch = batch_size, steps_per_epoch
-
-    def train_dataloader(self):
-        data = TensorDataset(digits()[0])
-        sampler = RandomSampler(data, replacement=True, num_samples=self.steps_per_epoch * self.batch_size)
-        return DataLoader(data, self.batch_size, sampler=sampler)
-
-    def val_dataloader(self):
-        return DataLoader(TensorDataset(digits(held_out=True)[0]), HELD_OUT)
+        train, held = (TensorDataset(digits(held_out)[0]) for held_out in (False, True))
+        super().__init__(train, held, batch_size, check_count("steps_per_epoch", steps_per_epoch))

@@ -166,7 +166,7 @@ class GaussianMixturePrior(Prior):
 
     def _marginal_variance(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """alpha_t, and the eigenvalues of S_t; both with axes for (J, d)."""
-        alpha_t, sigma_t = (c.to(like.dtype)[..., None, None] for c in self.schedule.alpha_sigma(t))
+        alpha_t, sigma_t = (c.to(like)[..., None, None] for c in self.schedule.alpha_sigma(t))
         return alpha_t, alpha_t**2 * self.eigenvalues + sigma_t**2
 
     def initial(self, sample_shape):
@@ -178,7 +178,7 @@ class GaussianMixturePrior(Prior):
     def transition(self, x_t, t, s, y=None):
         alpha_t, var_t = self._marginal_variance(t, x_t)
         alpha_s, var_s = self._marginal_variance(s, x_t)
-        a, b = (c.to(x_t.dtype)[..., None, None] for c in self.schedule.forward_step(s, t))
+        a, b = (c.to(x_t)[..., None, None] for c in self.schedule.forward_step(s, t))
         centres = self.centres
         u = into_basis(x_t, self.basis) - alpha_t * centres
         logits = self.log_weights - 0.5 * (u**2 / var_t + var_t.log()).sum(-1)

@@ -152,12 +152,13 @@ class Prior(Chain):
             own = self.schedule.forward_step(s, t)[1] if self.variance == "large" else sd
             scale = expand((own**2).maximum(floor).sqrt(), x_t)
             return GaussianStep(mean, scale * _exp(log_scale), len(self.shape))
-        sd2, gain2 = (c.reshape(c.shape + (1,) * len(self.shape)) for c in (sd**2, c_0**2))
+        sd2, gain2 = (c.to(x_t.device).reshape(c.shape + (1,) * len(self.shape)) for c in (sd**2, c_0**2))
+        error, floor = error.to(x_t.device), floor.to(x_t.device)
         if update is None or update.shrink is None:
             scale = (sd2 + gain2 * error).maximum(floor).sqrt()
             return GaussianStep(mean, scale.to(x_t.dtype) * _exp(log_scale), len(self.shape))
         if update.basis is None:
-            scale = (sd2 + gain2 * error * update.shrink).maximum(floor).sqrt()
+            scale = (sd2 + gain2 * error * update.shrink).maximum(floor * update.shrink).sqrt()
             return GaussianStep(mean, scale.to(x_t.dtype) * _exp(log_scale), len(self.shape))
         if update.level is not None:
             error = update.level.reshape(update.level.shape + (1,) * len(self.shape))
@@ -165,7 +166,7 @@ class Prior(Chain):
         # of the variance across, this share comes from not knowing x_0, of which `shrink` is left along the basis
         unknown = (gain2 * error / across).expand(*error.shape[: error.ndim - len(self.shape)], *self.shape)
         share = along(unknown.flatten(unknown.ndim - len(self.shape)), update.basis.to(unknown) ** 2)
-        ratio = (1 - share * (1 - update.shrink)).clamp_min(1e-6).sqrt().to(x_t.dtype)
+        ratio = (1 - share * (1 - update.shrink)).clamp_min(torch.finfo(x_t.dtype).eps).sqrt().to(x_t.dtype)
         scale = across.sqrt().to(x_t.dtype)
         return GaussianStep(mean, scale * _exp(log_scale), len(self.shape), update.basis, ratio)
 
@@ -194,6 +195,20 @@ class Prior(Chain):
             with torch.no_grad():
                 self._data_shape = self.decode(torch.zeros((1, *self.shape), **self._options())).shape[1:]
         return self._data_shape
+
+    @torch.no_grad()
+    def examples(self, n: int) -> Tensor:
+        """n x of data space (n, *data_shape), the same each time, to try an operator on: draws where they cost no network, or are kept
+        (`draws`), else decode(N(0, I))."""
+        options, kept = self._options(), getattr(self, "draws", None)
+        generator = torch.Generator(options["device"]).manual_seed(0)
+        if self.exact_reversal:
+            x = self.sample(n, generator)
+        elif kept is not None and len(kept) >= n:
+            x = kept[:n].to(**options)
+        else:
+            x = torch.randn((n, *self.shape), generator=generator, **options)
+        return self.decode(x)
 
     @torch.no_grad()
     def sample(self, n: int, generator: Generator | None = None, progress: bool = False) -> Tensor:

@@ -1,5 +1,6 @@
 """Folders in the layout of diffusers: config.json beside safetensors. Nothing here unpickles."""
 
+import copy
 import importlib
 import json
 from collections.abc import Mapping
@@ -158,7 +159,7 @@ def load_posterior(cls, folder: Path, prior=None, problem=None, **options):
         if not config["prior"]:
             raise ValueError(f"{folder} holds no prior; pass prior=")
         prior = own_class(config["prior"]).from_pretrained(folder / "prior")
-    prior.set_steps(config["steps"])
+    prior = copy.copy(prior).set_steps(config["steps"])  # that of the caller stays on its grid
     if problem is None:
         if config["problem"]["config"] is None:
             raise ValueError(f"{folder} cannot rebuild the problem ({config['problem']['class_path']} is code); pass problem=")

@@ -3,6 +3,7 @@
 import math
 import os
 import tempfile
+from numbers import Integral, Real
 from pathlib import Path
 
 import torch
@@ -11,25 +12,40 @@ from torch import Tensor
 
 def check_count(name: str, value, least: int = 1) -> int:
     """Return `value` if it is an integer of at least `least`; raise ValueError otherwise."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-    return value
+    return int(value)
+
+
+def check_seed(name: str, value) -> int:
+    """Return `value` if it is an integer from 0 to 2^62; raise ValueError otherwise."""
+    if check_count(name, value, 0) > 2**62:
+        raise ValueError(f"{name} must be at most 2^62, got {value!r}")
+    return int(value)
 
 
 def check_positive(name: str, value: float) -> float:
     """Return `value` as a float if it is a finite number above 0; raise ValueError otherwise."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf:
         raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
     return float(value)
 
 
 def check_number(name: str, value: float, least: float = -math.inf, below: float = math.inf) -> float:
     """Return `value` as a float if it is a finite number, at least `least` and below `below`; raise ValueError otherwise."""
-    finite = not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value)
+    finite = not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
     if not finite or not least <= value < below:
         bounds = [f" of at least {least:g}"] * (least > -math.inf) + [f" below {below:g}"] * (below < math.inf)
         raise ValueError(f"{name} must be a finite number{''.join(bounds)}, got {value!r}")
     return float(value)
+
+
+def one_number(name: str, value):
+    """The element of a tensor that has one, any other `value` as it is; raise ValueError for a tensor of more."""
+    if isinstance(value, Tensor) and value.numel() != 1:
+        hint = "InverseProblem(operator, noise) takes one for each element of y"
+        raise ValueError(f"{name} must be one number here, got a tensor of shape {tuple(value.shape)}; {hint}")
+    return value.item() if isinstance(value, Tensor) else value
 
 
 def check_choice(name: str, value, choices) -> str:
@@ -77,12 +93,12 @@ def check_writable(name: str, folder: str | os.PathLike) -> Path:
 
 
 def seeded(seed: int) -> torch.Generator:
-    """A generator of its own, on the CPU, so that a seed means the same on every device; ValueError for a seed that is no integer >= 0."""
-    return torch.Generator().manual_seed(check_count("seed", seed, 0))
+    """A generator of its own, on the CPU, so that a seed means the same on every device. ValueError: as in `check_seed`."""
+    return torch.Generator().manual_seed(check_seed("seed", seed))
 
 
 def check_fraction(name: str, value: float) -> float:
     """Return `value` if it is in [0, 1]; raise ValueError otherwise."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1:
         raise ValueError(f"{name} must be in [0, 1], got {value!r}")
     return value

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -29,18 +30,23 @@ class ObservationData(LightningDataModule):
 
     def train_dataloader(self):
         steps = self.trainer.max_steps if self.trainer is not None else -1
-        return DataLoader(range(steps if steps > 0 else 10**9), batch_size=None)
+        return stream(range(steps if steps > 0 else 10**9))
 
     def test_dataloader(self):
         sources = [("simulated", self.simulated)]
         if self.held_out is not None:
             sources.append(("held_out", read_tensor("held_out", self.held_out)[: self.simulated]))
-        return DataLoader(sources, batch_size=None, collate_fn=lambda source: source)
+        return stream(sources)
 
     def predict_dataloader(self):
         if self.y is None:
             raise ValueError("y must name a .npy or .safetensors file of observations for predict, got None (data.init_args.y)")
-        return DataLoader([self.y], batch_size=None)
+        return stream([self.y])
+
+
+def stream(items) -> DataLoader:
+    """Item by item; its generator is its own, so that the global random state stays as it is."""
+    return DataLoader(items, batch_size=None, collate_fn=lambda item: item, generator=torch.Generator())
 
 
 def read_tensor(name: str, source) -> Tensor:

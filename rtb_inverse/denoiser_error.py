@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Generator, Tensor, nn
 
-from rtb_inverse.schedules import Schedule, expand
+from rtb_inverse.schedules import Schedule, expand, rows
 
 LARGEST = 4096  # elements of an x whose correlations are measured
 
@@ -63,16 +63,16 @@ class DenoiserError(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """r_t^2, (*t.shape, *shape), float64."""
-        low, high, weight = between(self.times, t)
+        low, high, weight = between(self.times, t.to(self.times.device))
         weight = expand(weight, self.variance.new_empty(weight.shape + self.variance.shape[1:]))
-        return torch.lerp(self.variance[low], self.variance[high], weight)
+        return torch.lerp(rows(self.variance, low), rows(self.variance, high), weight)
 
     def covariance(self, t: Tensor) -> Tensor | None:
         """C_t at one time t, (d, d), float64; None where the correlations are not known."""
         if self.factor is None:
             return None
-        low, high, weight = between(self.factor_times, t)
-        first, second = self.factor[low].double(), self.factor[high].double()
+        low, high, weight = between(self.factor_times, t.to(self.factor_times.device))
+        first, second = rows(self.factor, low).double(), rows(self.factor, high).double()
         correlation = torch.lerp(first @ first.T, second @ second.T, weight)
         correlation.diagonal().fill_(1)
         std = self(t).flatten().sqrt()
@@ -85,11 +85,11 @@ class DenoiserError(nn.Module):
 
 def between(knots: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The knots around t, their indices, and the weight of the upper one; t beyond the ends is taken at the end."""
-    knots = knots.to(t.device)
-    position = t.double().clamp(float(knots[0]), float(knots[-1]))
+    position = t.double().clamp(knots[0], knots[-1])
     high = torch.searchsorted(knots, position).clamp(1, len(knots) - 1)
     low = high - 1
-    return low, high, (position - knots[low]) / (knots[high] - knots[low])
+    below, above = rows(knots, low), rows(knots, high)
+    return low, high, (position - below) / (above - below)
 
 
 def leading_correlations(error: Tensor, rank: int) -> Tensor:

@@ -4,7 +4,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -68,6 +68,11 @@ class Observations:
     y: Tensor
     x: Tensor | None = None
     paths: Trajectory | None = None
+
+    def to(self, device: torch.device) -> "Observations":
+        """On another device."""
+        y, x = (None if value is None else value.to(device) for value in (self.y, self.x))
+        return Observations(y, x, None if self.paths is None else replace(self.paths, x=self.paths.x.to(device), y=y))  # type: ignore[arg-type]
 
 
 @dataclass
@@ -247,6 +252,7 @@ def evaluate(
         check_tensor("observations.x", held.x, posterior.prior.data_shape)
         if len(held.x) != len(y):
             raise ValueError(f"observations must hold as many x as y, got {len(held.x)} and {len(y)}")
+    held = held.to(posterior.gate.device)
     draws = importance(posterior, y, n, generator, chunk_size=chunk_size, progress=progress)
     values = {
         "elbo": elbo(draws.log_w),
@@ -254,7 +260,7 @@ def evaluate(
         "ess": effective_sample_size(draws.log_w),
     }
     if posterior.log_z.learned:
-        values["log_z_learned"] = posterior.log_evidence(y).expand(len(y))
+        values["log_z_learned"] = posterior.log_evidence(y).expand(draws.log_w.shape[1])
     absent = {} if held.paths is not None else {"eubo": "needs the prior's roll-outs that made the y (simulate_observations)"}
     if held.paths is not None:
         paths = held.paths
@@ -265,7 +271,7 @@ def evaluate(
         absent["chi_squared"] = "needs a noise model that knows its mean and variance"
     p_values, ranks, coverage = {}, None, None
     if held.x is not None:
-        if len(y) < LEAST_OBSERVATIONS:
+        if len(held.x) < LEAST_OBSERVATIONS:
             absent["p-values"] = f"a test of calibration needs at least {LEAST_OBSERVATIONS} observations"
         else:
             absent["p-values"] = "are uniform where calibrated: they have no standard error"
@@ -275,7 +281,7 @@ def evaluate(
     else:
         absent["truth"] = TRUTH
     numbers, notes = _estimates(values, draws)
-    settings = {"observations": len(y), "draws": n, "steps": posterior.steps, "start": posterior.start}
+    settings = {"observations": draws.log_w.shape[1], "draws": n, "steps": posterior.steps, "start": posterior.start}
     settings |= {f"nominal_{level * 100:.0f}": interval_level(n, level) for level in LEVELS if held.x is not None}
     seconds, observed = time.perf_counter() - start, _observed(posterior, y)
     return Report(numbers, draws, held, seconds, settings, p_values, ranks, coverage, observed, notes | absent)

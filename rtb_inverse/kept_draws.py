@@ -110,7 +110,7 @@ class KeptDraws(Draws):
 
     def tell(self, problem, y):
         """m(y) (B, *shape), and the log-likelihoods of the draws (M, B) where they are asked for."""
-        mean = self.regression(y.flatten(1)).reshape(-1, *self.shape)
+        mean = self.regression(y.reshape(len(y), -1)).reshape(-1, *self.shape)
         return mean, self.log_likelihood(problem, y) if self.share.any() else mean.new_zeros(len(self.x), len(y))
 
     def weighs(self, problem: InverseProblem) -> bool:
@@ -120,7 +120,7 @@ class KeptDraws(Draws):
     def log_likelihood(self, problem, y):
         """Up to a term of y."""
         std = problem.noise.std.to(y)
-        clean, y = (self.seen(problem) / std).flatten(1), (y / std).flatten(1)
+        clean, y = ((v / std).reshape(len(v), -1) for v in (self.seen(problem), y))
         return clean @ y.T - 0.5 * clean.square().sum(1, keepdim=True)
 
     def weighted(self, x_t: Tensor, t: Tensor, weight: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ class KeptDraws(Draws):
         parts = tqdm(self.data.split(DECODED), "simulating from the prior's draws", delay=5, leave=False)
         every = torch.cat([problem.simulate(part, generator) for part in parts])
         x_0, y = self.x[:P], every[:P]
-        mean = self.regression.fit(every[P:].flatten(1), self.x[P:].flatten(1))(y.flatten(1)).reshape(x_0.shape)
+        mean = self.regression.fit(every[P:].reshape(len(every) - P, -1), self.x[P:].flatten(1))(y.reshape(P, -1)).reshape(x_0.shape)
         tempers, idle = TEMPERS if self.weighs(problem) else (), 0
         log_lik = self.log_likelihood(problem, y).T if tempers else mean.new_zeros(P, len(self.x))
         log_lik[:, :P] = -torch.inf

@@ -52,7 +52,7 @@ class LaplaceGuidance(Guide):
 
     def misfit(self, z: Tensor, y: Tensor) -> Tensor:
         """sqrt(beta) (E[y | z] - y), whitened by the noise's variance at z, which is held fixed: (M, d) and (M, *y_shape) to (M, m)."""
-        return -math.sqrt(self.beta) * self.problem.residual(self._decode(z.reshape(len(z), *self.starts.shape[1:])), y).flatten(1)
+        return -math.sqrt(self.beta) * self.problem.residual(self._decode(z.reshape(len(z), *self.starts.shape[1:])), y).reshape(len(z), -1)
 
     def log_posterior(self, z: Tensor, y: Tensor) -> Tensor:
         """log p(z) + beta log p(y | z) but for a constant: z (N, B, d) or (N, 1, d), y (B, *y_shape) to (N, B)."""

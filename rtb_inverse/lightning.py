@@ -19,7 +19,7 @@ from rtb_inverse.averaging import ExponentialMovingAverage
 from rtb_inverse.behaviours import ObservationStore, Pool, check_weights, mixture
 from rtb_inverse.bounds import BoundsOverTraining
 from rtb_inverse.chains import noised_bridges, random_steps, rollout, step_shares
-from rtb_inverse.checks import check_choice, check_count, check_positive, check_writable
+from rtb_inverse.checks import check_choice, check_count, check_positive, check_seed, check_writable
 from rtb_inverse.data import ObservationData
 from rtb_inverse.diagnostics import log_mean_weight
 from rtb_inverse.evaluation import evaluate, observe, simulate_observations
@@ -101,8 +101,8 @@ class PosteriorTraining(LightningModule):
             raise TypeError(f"posterior must be a Posterior, got {type(posterior).__name__}")
         self.posterior = posterior
         if y is not None:
-            y = y if y.ndim > len(posterior.problem.y_shape or ()) else y[None]
-            if len(posterior.check_y(y)) != 1:
+            y = one_observation(posterior, y)
+            if len(y) != 1:
                 raise ValueError(f"y must be one observation, got {len(y)}; leave y out to train over all observations")
         self.fixed = y is not None or not posterior.amortised
         self.objective = check_choice("objective", objective, OBJECTIVES)
@@ -147,7 +147,7 @@ class PosteriorTraining(LightningModule):
         self.pool_start, self.pool_growth, self.slots, self.capacity = pool_start, pool_growth, slots, capacity
         self.bounds_count = check_count("bounds", bounds, 0)
         self.output = None if output is None else check_writable("output", output)
-        self.seed = seed
+        self.seed = check_seed("seed", seed)
         self.y = y
         self.pool: Pool | None = None
         self.store: ObservationStore | None = None
@@ -210,8 +210,7 @@ class PosteriorTraining(LightningModule):
         if step == warm - 1 and self.line_search and not self.fixed:
             self.ema.swap()
             self._keep_what_holds()
-            for average, parameter in zip(self.ema.averages, self.posterior.trainable(), strict=True):
-                average.copy_(parameter.detach())
+            self._settle()
             self.log("kept", self.kept, prog_bar=True)
         self.log("loss", loss, prog_bar=True)
 
@@ -357,6 +356,11 @@ class PosteriorTraining(LightningModule):
             print(f"{tuple(draws.x.shape)} draws (N, B, *shape) in {self.output / 'samples.safetensors'}")
         return draws
 
+    def _settle(self) -> None:
+        """The averages go on from the parameters as they are."""
+        for average, parameter in zip(self.ema.averages, self.posterior.trainable(), strict=True):
+            average.copy_(parameter.detach())
+
     # Optimisation -----------------------------------------------------------------------------------------------------------------
 
     def configure_optimizers(self):
@@ -377,6 +381,7 @@ class PosteriorTraining(LightningModule):
         self.ema.swap()
         if self.line_search and self.y is not None:
             self._keep_what_holds()
+        self._settle()
         if not self.trainer.is_global_zero:
             return
         if self.bounds is not None:
@@ -458,6 +463,20 @@ def fit(
     with quiet():
         Trainer(max_steps=steps, max_epochs=1, **(settings | (trainer or {}))).fit(module, ObservationData())
     return posterior
+
+
+def one_observation(posterior: Posterior, y: Tensor) -> Tensor:
+    """y as a batch (1, *y_shape), which may be given without its first axis."""
+    if not isinstance(y, Tensor):
+        raise TypeError(f"y must be a torch.Tensor, got {type(y).__name__}")
+    try:
+        posterior.check_y(y)
+    except (TypeError, ValueError):
+        if y.ndim > len(posterior.problem.y_shape or ()):
+            raise
+        posterior.check_y(y[None])
+        return y[None]
+    return y
 
 
 @contextmanager

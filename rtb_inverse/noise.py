@@ -17,6 +17,7 @@ know of it (`guidance`). A y that the model cannot give has log-density -inf; `c
 """
 
 import math
+from numbers import Real
 from typing import ClassVar
 
 import torch
@@ -41,7 +42,7 @@ REACH = 8  # standard deviations; a Gaussian has 1e-15 of its mass beyond
 
 def parameter(name: str, value: float | Tensor, least: float = 0.0, allow_least: bool = False) -> Tensor:
     """A number (as float64) or a real tensor, finite and above `least`; one clear error otherwise."""
-    if not isinstance(value, (int, float, Tensor)) or (isinstance(value, Tensor) and value.is_complex()):
+    if not isinstance(value, Real | Tensor) or (isinstance(value, Tensor) and value.is_complex()):
         raise TypeError(f"{name} must be a number or a tensor, got {value!r}")
     tensor = torch.as_tensor(value, dtype=value.dtype if isinstance(value, Tensor) and value.is_floating_point() else torch.float64)
     if not (((tensor >= least) if allow_least else (tensor > least)) & torch.isfinite(tensor)).all():

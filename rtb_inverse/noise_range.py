@@ -71,9 +71,9 @@ class NoiseRange(InverseProblem):
         inner = own_class(config["problem"]["class_path"]).from_config(config["problem"]["config"], held)
         return cls(inner, config["low"], config["high"])
 
-    def _probe(self, shape):
-        self.operator.bind(shape)
-        super()._probe(shape)
+    def _probe(self, shape, examples=None):
+        self.linear = self.operator.bind(shape, examples).linear
+        super()._probe(shape, examples)
         self.y_shape = torch.Size([self.y_shape.numel() + 1])
 
     def observation(self, measurement: Tensor, level: float | Tensor) -> Tensor:
@@ -82,8 +82,12 @@ class NoiseRange(InverseProblem):
         Raises:
             ValueError: a measurement that the problem refuses; a level out of range.
         """
-        measurement = check_tensor("measurement", measurement, self.operator.y_shape)
-        return self.check_y(self._join(measurement, torch.as_tensor(level).to(measurement).expand(len(measurement)).log()))
+        measurement = check_tensor("measurement", measurement, self.operator._known_y_shape())
+        given, (low, high) = torch.as_tensor(level).to(measurement), (float(self.noise.low), float(self.noise.high))
+        if given.shape not in ((), (len(measurement),)) or not bool((given > 0).all() & given.isfinite().all()):
+            expected = f"a number in [{low:g}, {high:g}], or one for each of the {len(measurement)} measurements"
+            raise ValueError(f"level must be {expected}, got {level!r}")
+        return self.check_y(self._join(measurement, given.expand(len(measurement)).log()))
 
     def _join(self, measurement: Tensor, log_level: Tensor) -> Tensor:
         return torch.cat([measurement.reshape(*log_level.shape, -1), log_level[..., None]], -1)

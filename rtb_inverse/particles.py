@@ -1,5 +1,6 @@
 """What every way of getting samples ends in."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,7 +58,7 @@ class Particles:
     @property
     def log_z(self) -> Tensor:
         """log of the mean weight, (B,): estimates log p(y) where the weights are path weights."""
-        return self.log_w.logsumexp(0) - torch.log(torch.tensor(float(len(self.log_w))))
+        return self.log_w.logsumexp(0) - math.log(len(self.log_w))
 
     @property
     def log_z_error(self) -> Tensor:

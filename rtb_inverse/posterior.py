@@ -1,5 +1,6 @@
 r"""The trainable chain q(tau | y): a conditional copy of the prior's chain, and log Z(y)."""
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from rtb_inverse.laplace import laplace_guidance
 from rtb_inverse.networks import ConditionalUNet, LogZ, ResidualMLP, gaussian_error, on_grid
 from rtb_inverse.noise_range import NoiseRange
 from rtb_inverse.particles import Particles
-from rtb_inverse.problems import InverseProblem, Reward
+from rtb_inverse.problems import TRIED, InverseProblem, Reward
 from rtb_inverse.references import References
 from rtb_inverse.schedules import expand
 from rtb_inverse.second_look import local_move
@@ -74,8 +75,9 @@ class Posterior(Chain):
         if not isinstance(problem, InverseProblem):
             raise TypeError(f"problem must be an InverseProblem, got {type(problem).__name__}")
         super().__init__(prior.shape, prior.schedule, prior.steps)
-        self.prior = prior.requires_grad_(False)
-        self.problem = problem.bind(prior.data_shape)
+        prior = copy.copy(prior.requires_grad_(False))  # weights and tables are shared, the grid is not: the prior may be laid on another
+        self.prior = prior
+        self.problem = problem.bind(prior.data_shape, prior.examples(TRIED))
         self.beta = check_positive("beta", beta)
         self.guide = self._guide(start) if prior.differentiable else None
         few = not prior.white or prior.shape.numel() <= REFERENCES_LIMIT or self.guide is None
@@ -196,7 +198,7 @@ class Posterior(Chain):
         """Its gates are for the grid that its prior had: another one asks for another posterior."""
         if hasattr(self, "times") and steps != self.steps:
             raise ValueError(
-                f"steps of a posterior must stay {self.steps}, got {steps}: set_steps of the prior, then make a posterior anew"
+                f"steps of a posterior must stay {self.steps}, got {steps}: set_steps of your prior, then make a posterior anew"
             )
         return super().set_steps(steps)  # type: ignore[return-value]
 
@@ -236,7 +238,7 @@ class Posterior(Chain):
     def error(self, t: Tensor) -> Tensor:
         """r_t^2, (*t.shape, *shape), float64; where the prior does not know it, that of x_0 ~ N(0, I)."""
         error = self.prior.denoiser_error(t)
-        return gaussian_error(self.prior, t) if error is None else error
+        return gaussian_error(self.prior, t.to(self.gate.device)) if error is None else error
 
     def denoise(self, x_t: Tensor, t: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | float, Update | None]:
         """The estimate of x_0 given y, the log-scale of the step, and the update that y made."""

@@ -60,6 +60,8 @@ class PriorTraining(LightningModule):
             file = Path(start) / "unet" / WEIGHTS
             load_into(network, load_weights(file), file)
         self.lr, self.warmup, self.weight_decay = check_positive("lr", lr), warmup, weight_decay
+        if min_snr is not None and self.schedule.prediction_type not in ("v_prediction", "epsilon", "sample"):
+            raise ValueError(f"min_snr must be None for a network of prediction_type {self.schedule.prediction_type!r}, got {min_snr!r}")
         self.min_snr, self.error_draws = min_snr, check_count("error_draws", error_draws)
         self.ema, self.seed = ExponentialMovingAverage(network.parameters(), ema_decay), check_count("seed", seed, 0)
 
@@ -75,7 +77,8 @@ class PriorTraining(LightningModule):
             return error.mean()
         alpha, sigma = self.schedule.alpha_sigma(t)
         snr = (alpha / sigma) ** 2
-        return (error * (snr.clamp_max(self.min_snr) / (snr + 1)).to(error.dtype)).mean()
+        unit = {"v_prediction": snr + 1, "epsilon": snr, "sample": torch.ones_like(snr)}[self.schedule.prediction_type]
+        return (error * (snr.clamp_max(self.min_snr) / unit).to(error.dtype)).mean()
 
     def training_step(self, batch, index):
         x = check_tensor("x", batch[0] if isinstance(batch, (list, tuple)) else batch)

@@ -12,6 +12,7 @@ from rtb_inverse.noise import GaussianNoise, Noise, noise_from_config
 from rtb_inverse.particles import check_below_infinity
 
 BEYOND = 10  # standard deviations of Gaussian noise, beyond which a y is a mistake (of its units, say)
+TRIED = 4  # x that an operator is tried on
 POINTS = 8  # where the Jacobian of an operator that is not affine is taken, for `condition`
 
 __all__ = ["GaussianNoise", "InverseProblem", "MatrixOperator", "Reward"]
@@ -37,7 +38,7 @@ class InverseProblem(nn.Module):
         operator: any callable from a batch of x, (M, *shape), to a batch of clean measurements, (M, *y_shape); or a matrix (m, d).
         noise: a noise model, `GaussianNoise(std)` or another of `rtb_inverse.noise`; or a module of your own with `sample` and `log_prob`.
         shape: shape of one x. May be left out: `Posterior` tells it the prior's.
-        linear: whether A is affine in x; tried out where it is not said.
+        linear: whether A is affine in x; tried out where it is not said, on a few x of the prior.
 
     Attributes:
         shape, y_shape: shapes of one x and one y; known once `shape` is.
@@ -72,8 +73,8 @@ class InverseProblem(nn.Module):
         self.operator = MatrixOperator(operator) if isinstance(operator, Tensor) else operator
         self.noise = noise
         self.register_buffer("mask", None)
-        self.linear = linear
-        self.differentiable = True
+        self.linear, self._tried = linear, linear is None  # whether `linear` was tried out, not said
+        self.differentiable, self.tried_in = True, torch.get_default_dtype()
         self.shape: torch.Size | None = None
         self.y_shape: torch.Size | None = None
         self._units: tuple[float, float] | None = None  # shift and scale of what `condition` shows, once known
@@ -88,8 +89,11 @@ class InverseProblem(nn.Module):
         held = {name.removeprefix("noise."): value for name, value in weights.items() if name.startswith("noise.")}
         return cls(weights["operator.matrix"], noise_from_config(config["noise"], held))
 
-    def bind(self, shape) -> "InverseProblem":
-        """Fix the shape of x, and try the operator on two random x of that shape. Returns itself.
+    def bind(self, shape, x: Tensor | None = None) -> "InverseProblem":
+        """Fix the shape of x, and try the operator on a few x of that shape. Returns itself.
+
+        Args:
+            x: where the prior lives, and in its dtype, (M, *shape), M at least 2; by default x ~ N(0, I).
 
         Raises:
             ValueError: the shape differs from one given before; the operator drops or changes the batch, or returns non-finite values.
@@ -100,40 +104,56 @@ class InverseProblem(nn.Module):
                 f"problem is for x of shape {tuple(self.shape)}, but the prior draws x of shape {tuple(shape)}; they must agree"
             )
         if self.shape is None:
-            self._probe(shape)
+            self._probe(shape, x)
             self.shape = shape
+        elif x is not None and self._tried:  # before, perhaps where the prior does not live
+            was, self.linear = self.linear, None
+            self._probe(shape, x)
+            self.linear = was and self.linear
         return self
 
-    def _probe(self, shape: torch.Size) -> None:
-        device = next((b.device for b in self.buffers()), torch.device("cpu"))
-        x = torch.randn((3, *shape), generator=torch.Generator().manual_seed(0)).to(device)
-        x[2] = x[0] + x[1]
+    def _device(self) -> torch.device:
+        return next((buffer.device for buffer in self.buffers()), torch.device("cpu"))
+
+    def _probe(self, shape: torch.Size, examples: Tensor | None = None) -> None:
+        """Try the operator on examples, by default x ~ N(0, I)."""
+        normal = examples is None
+        x = torch.randn((TRIED, *shape), generator=torch.Generator().manual_seed(0)) if examples is None else examples.detach().clone()
+        x, self.tried_in = x.to(self._device()), x.dtype
+        where = f"x of shape {tuple(x.shape)}" + " ~ N(0, I)" * normal
         with torch.enable_grad():
             x.requires_grad_()
             try:
                 clean = self.operator(x)
             except Exception as error:
-                raise ValueError(f"{self._called} failed on x of shape {tuple(x.shape)}: {type(error).__name__}: {error}") from error
-            if not isinstance(clean, Tensor) or clean.ndim < 1 or len(clean) != 3:
+                raise ValueError(f"{self._called} failed on {where}, {x.dtype}: {type(error).__name__}: {error}") from error
+            if not isinstance(clean, Tensor) or clean.ndim < 1 or len(clean) != len(x):
                 was = tuple(clean.shape) if isinstance(clean, Tensor) else type(clean).__name__
-                raise ValueError(
-                    f"{self._called} must map a batch (M, *shape) to a batch (M, *y_shape): on x of shape {tuple(x.shape)} it gave {was}"
-                )
+                raise ValueError(f"{self._called} must map a batch (M, *shape) to a batch (M, *y_shape): on {where} it gave {was}")
             if not clean.is_floating_point():
                 hint = "; torch.view_as_real makes one" if clean.is_complex() else ""
                 raise TypeError(f"{self._called} must return a floating-point tensor, got {clean.dtype}{hint}")
-            self._check_clean(f"{self._called}'s output", clean)
+            self._check_clean(f"{self._called}'s output on {where}", clean)
             self.differentiable = clean.requires_grad
-        clean = clean.detach()
-        self._check_alone(x.detach(), clean)
+        x, clean = x.detach(), clean.detach()
+        self._check_alone(x[:3], clean[:3])
         if self.linear is None:
-            zero, mirrored = self.operator(torch.cat([torch.zeros_like(x[:1]), -x[:1]])).detach()
-            atol = 1e-4 * float(clean.abs().max() + 1e-12)
-            additive = torch.allclose(clean[2] + zero, clean[0] + clean[1], rtol=1e-4, atol=atol)
-            self.linear = bool(additive and torch.allclose(2 * zero, clean[0] + mirrored, rtol=1e-4, atol=atol))
+            self.linear = self._affine(x)
         if isinstance(self.noise, Noise):
             self.noise.check_shape(clean.shape[1:])
         self.y_shape = clean.shape[1:]
+
+    @torch.no_grad()
+    def _affine(self, x: Tensor) -> bool:
+        """Whether A(u) + A(v) = A(u + d) + A(v - d), output by output, for u, v, d of the spread of the x (M, *shape)."""
+        spread = (x - x.mean(0)).square().mean().sqrt()
+        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=x.dtype).to(x.device)
+        u = torch.cat([x, x + spread * noise])
+        v, d = u.roll(1, 0), u.roll(2, 0) - u.roll(3, 0)
+        here, moved, back = self.operator(torch.cat([u, u + d, v - d])).chunk(3)
+        off = (here + here.roll(1, 0) - moved - back).abs()
+        rounding = 16 * torch.finfo(here.dtype).eps * here.abs().max()
+        return bool((off <= 1e-4 * (here - here.mean(0)).abs().amax(0) + rounding).all())  # not where NaN
 
     def _check_alone(self, x: Tensor, clean: Tensor) -> None:
         """That each element of a batch is seen by itself."""
@@ -153,7 +173,9 @@ class InverseProblem(nn.Module):
         """A(x), without noise: (*batch, *shape) to (*batch, *y_shape)."""
         if self.shape is None:
             return self.operator(x)
-        batch = x.shape[: x.ndim - len(self.shape)]
+        batch = x.shape[: max(0, x.ndim - len(self.shape))]
+        if x.shape[len(batch) :] != self.shape:
+            raise ValueError(f"x must have shape (*batch, {', '.join(map(str, self.shape))}), got {tuple(x.shape)}")
         clean = self.operator(x.reshape(-1, *self.shape))
         return clean.reshape(batch + clean.shape[1:])
 
@@ -163,9 +185,12 @@ class InverseProblem(nn.Module):
 
     def log_likelihood(self, x: Tensor, y: Tensor) -> Tensor:
         """log p(y | x), normalised in y: x (*batch, *shape), y (B, *y_shape) broadcast to the batch; returns (*batch)."""
-        clean = self(x)
-        event_dim = len(self.y_shape) if self.y_shape is not None else clean.ndim - 1
-        return self.noise.log_prob(clean, y, event_dim)
+        return self.noise.log_prob(self(x), y, len(self._known_y_shape()))
+
+    def _known_y_shape(self) -> torch.Size:
+        if self.y_shape is None:
+            raise ValueError("shape of x is not known yet; give InverseProblem(..., shape=...) or pass the problem to Posterior first")
+        return self.y_shape
 
     def residual(self, x: Tensor, y: Tensor) -> Tensor | None:
         """y - E[y | x], of covariance 1 under p(y | x): x (*batch, *shape) to (*batch, *y_shape); None where the noise does not know it.
@@ -207,9 +232,8 @@ class InverseProblem(nn.Module):
         the noise not Gaussian, y may have any units: then what is shown for E[y | x] at these x is shifted and scaled to mean 0 and mean
         square 1.
         """
-        if self.shape is None:
-            raise ValueError("shape of x is not known yet; give InverseProblem(..., shape=...) or pass the problem to Posterior first")
-        if len(self.shape) == 1:
+        self._known_y_shape()
+        if len(self.shape) == 1:  # type: ignore[arg-type]
             return y.reshape(len(y), -1)
         if self.linear and isinstance(self.noise, GaussianNoise):
             return self._shown(y)
@@ -262,10 +286,10 @@ class Reward(InverseProblem):
     def __init__(self, log_reward: Callable[[Tensor], Tensor], shape=None):
         super().__init__(log_reward, nn.Identity(), shape, linear=False)
 
-    def _probe(self, shape):
-        super()._probe(shape)
+    def _probe(self, shape, examples=None):
+        super()._probe(shape, examples)
         if self.y_shape:
-            raise ValueError(f"log_reward must give one number per x: on a batch of 3 it gave shape {(3, *self.y_shape)}, expected (3,)")
+            raise ValueError(f"log_reward must give one number per x, (M,) for M of them: it gave shape (M, {str(tuple(self.y_shape))[1:]}")
 
     def log_likelihood(self, x, y=None):
         return self(x)

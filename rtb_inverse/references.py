@@ -31,9 +31,9 @@ SHARED = 16  # states of a y from which those draws are gathered, else weighed w
 
 
 @torch.no_grad()
-def decoded(prior: Prior, x: Tensor) -> Tensor:
+def decoded(decode: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """decode(x), some draws at a time."""
-    return torch.cat([prior.decode(part) for part in x.split(DECODED)])
+    return torch.cat([decode(part) for part in x.split(DECODED)])
 
 
 def weighted_mean(x: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor, weight: Tensor) -> Tensor:
@@ -54,9 +54,10 @@ class Draws(nn.Module):
         super().__init__()
         self.schedule, self.shape = prior.schedule, prior.shape
         self.register_buffer("x", x)
-        self.register_buffer("decoded", decoded(prior, x) if prior.decodes else None, persistent=False)
+        self.register_buffer("decoded", decoded(prior.decode, x) if prior.decodes else None, persistent=False)
         self.register_buffer("clean", None, persistent=False)
         self.last: tuple[Tensor, tuple[Tensor, ...]] | None = None
+        self._decode = prior.decode if prior.decodes else None
 
     @property
     def data(self) -> Tensor:
@@ -81,8 +82,13 @@ class Draws(nn.Module):
         return self.last[1]
 
     def _load_from_state_dict(self, *of):
-        self.last = None
+        """Other draws are decoded, and seen, anew."""
+        before = self.x.clone()
         super()._load_from_state_dict(*of)
+        self.last = None
+        if not torch.equal(before, self.x):
+            self.clean = None
+            self.decoded = self.decoded if self._decode is None else decoded(self._decode, self.x)
 
     def tell(self, problem: InverseProblem, y: Tensor) -> tuple[Tensor, ...]:
         """What y says of the draws: their log-likelihoods."""

@@ -32,8 +32,14 @@ VARIANCE_PRESERVING = (
 
 
 def expand(coefficient: Tensor, x: Tensor) -> Tensor:
-    """Append axes to a coefficient of shape (*batch) so that it broadcasts against x of shape (*batch, *shape), in x's dtype."""
-    return coefficient.to(x.dtype).reshape(coefficient.shape + (1,) * (x.ndim - coefficient.ndim))
+    """Append axes to a coefficient of shape (*batch) so that it broadcasts against x of shape (*batch, *shape), in x's dtype
+    and where x lies."""
+    return coefficient.to(x).reshape(coefficient.shape + (1,) * (x.ndim - coefficient.ndim))
+
+
+def rows(table: Tensor, index: Tensor) -> Tensor:
+    """table[index], (*index.shape, *table.shape[1:]), which of a single index would wait for a GPU."""
+    return table.index_select(0, index.flatten()).reshape(index.shape + table.shape[1:])
 
 
 class Schedule:
@@ -184,7 +190,7 @@ class VariancePreserving(Schedule):
         angles, position = self.angles.to(t.device), t.double().clamp(0, self.num_train_timesteps - 1)
         low = position.long().clamp_max(self.num_train_timesteps - 2) if self.num_train_timesteps > 1 else position.long()
         high = (low + 1).clamp_max(self.num_train_timesteps - 1)
-        angle = torch.lerp(angles[low], angles[high], position - low).where(t >= 0, torch.zeros_like(position))
+        angle = torch.lerp(rows(angles, low), rows(angles, high), position - low).where(t >= 0, torch.zeros_like(position))
         return angle.cos(), angle.sin()
 
     def times(self, steps):
@@ -279,6 +285,8 @@ def schedule_from_config(config: Mapping[str, Any] | SchedulerMixin) -> Schedule
         ValueError: an unknown scheduler class, beta schedule, prediction type or spacing; dynamic thresholding, whose quantiles
             couple the elements of the estimate of x_0 and so have no Gaussian step.
     """
+    if not isinstance(config, SchedulerMixin | Mapping):
+        raise TypeError(f"scheduler must be a diffusers scheduler or its config, got {config!r}")
     if isinstance(config, SchedulerMixin):
         config = {**config.config, "_class_name": type(config).__name__}
     name = str(config.get("_class_name"))

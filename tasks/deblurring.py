@@ -126,15 +126,14 @@ class Deblurring(LinearTask):
         boundary: str = "reflect",
     ):  # fmt: skip
         shape = image_shape(shape)
-        match kernel:
-            case "gaussian":
-                kernel = gaussian_kernel(size, std)
-            case "anisotropic":
-                kernel = anisotropic_kernel(size, std, angle)
-            case "motion":
-                kernel = motion_kernel(size, seed)
-            case str():
-                check_choice("kernel", kernel, KERNELS)
+        if isinstance(kernel, str):
+            match check_choice("kernel", kernel, KERNELS):
+                case "gaussian":
+                    kernel = gaussian_kernel(size, std)
+                case "anisotropic":
+                    kernel = anisotropic_kernel(size, std, angle)
+                case _:
+                    kernel = motion_kernel(size, seed)
         kernel = read_kernel(kernel)
         if kernel.shape[0] > shape[1] or kernel.shape[1] > shape[2]:
             raise ValueError(f"kernel must be no larger than the image, {tuple(shape[1:])}, got {tuple(kernel.shape)}")

@@ -83,6 +83,10 @@ class CoherentDiffraction(InverseProblem):
             )
         return y
 
+    def residual(self, x, y):
+        """(*batch, counted elements): there is nothing to see behind the beam stop."""
+        return super().residual(x, y)[..., self.counted]
+
     def condition(self, y):
         """The autocorrelation of u, as `PhaseRetrieval` shows it, of the estimated intensity, without what the beam stop hides.
         (B, 3 C, H, W)."""

@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from rtb_inverse.checks import check_positive
+from rtb_inverse.checks import check_positive, one_number
 from rtb_inverse.noise_distributions import log_interval
 from rtb_inverse.problems import GaussianNoise, InverseProblem
 from tasks.quantisation import check_limits
@@ -41,6 +41,7 @@ class HDR(InverseProblem):
     def __init__(self, shape, scale: float = 2.0, limits: tuple[float, float] = (-1.0, 1.0), noise_std: float = 0.1):
         self.scale = check_positive("scale", scale)
         self.limits = check_limits(limits)
+        noise_std = one_number("noise_std", noise_std)
         super().__init__(self.observed, GaussianNoise(noise_std), linear=False)
         self.y_range = self.limits
         self.config = {"shape": list(shape), "scale": self.scale, "limits": list(self.limits), "noise_std": float(noise_std)}

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rtb_inverse.checks import check_number, seeded
+from rtb_inverse.checks import check_number, one_number, seeded
 from rtb_inverse.problems import GaussianNoise, InverseProblem
 
 MASKS = ("box", "half", "random", "scratches")
@@ -67,9 +67,12 @@ def read_mask(mask, shape) -> Tensor:
         if path.suffix == ".npy":
             mask = np.load(path, allow_pickle=False)
         else:
-            from PIL import Image
+            from PIL import Image, UnidentifiedImageError
 
-            mask = np.asarray(Image.open(path).convert("L")) > 127
+            try:
+                mask = np.asarray(Image.open(path).convert("L")) > 127
+            except UnidentifiedImageError as error:
+                raise ValueError(f"mask must be the path of a .npy file or an image, got {str(mask)!r}, which is neither") from error
     try:
         mask = torch.as_tensor(mask)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -100,6 +103,7 @@ class Inpainting(InverseProblem):
         seen = make_mask(mask, shape, hidden, seed) if isinstance(mask, str) and mask in MASKS else read_mask(mask, shape)
         if not seen.any():
             raise ValueError("mask must see at least one element of x, got a mask that is False everywhere")
+        noise_std = one_number("noise_std", noise_std)
         super().__init__(self.observed, GaussianNoise(noise_std), linear=True)
         self.register_buffer("mask", seen)
         self.config = {"noise_std": float(noise_std), "shape": list(shape)}

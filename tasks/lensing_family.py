@@ -87,8 +87,8 @@ class LensingFamily(InverseProblem):
         held = {name.removeprefix("operator."): value for name, value in weights.items() if name.startswith("operator.")}
         return cls(Lensing.from_config(config["problem"], held), **{name: value for name, value in config.items() if name != "problem"})
 
-    def _probe(self, shape):
-        super()._probe(shape)
+    def _probe(self, shape, examples=None):
+        super()._probe(shape, examples)
         self.y_shape = torch.Size([self.y_shape.numel() + len(self.noise.low)])
 
     def observation(self, image: Tensor, v) -> Tensor:

@@ -6,11 +6,12 @@ it is needed. (A physics of deepinv may also be the operator of a problem as it 
 """
 
 import math
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
 
-from rtb_inverse.checks import check_count
+from rtb_inverse.checks import check_count, one_number
 from rtb_inverse.guidance import DENSE_LIMIT, affine, conjugate_gradients
 from rtb_inverse.problems import GaussianNoise, InverseProblem
 
@@ -26,7 +27,7 @@ def image_shape(shape, channels: tuple[int, ...] | None = None, square: bool = F
 
 def check_ratio(name: str, value: float, most: float = 1) -> float:
     """`value` if it is in (0, most]; ValueError otherwise."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= most:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value <= most:
         raise ValueError(f"{name} must be in (0, {most}], got {value!r}")
     return value
 
@@ -54,6 +55,7 @@ class LinearTask(InverseProblem):
     inverse: Tensor | None
 
     def __init__(self, operator: nn.Module, shape: torch.Size, noise_std: float, **config):
+        noise_std = one_number("noise_std", noise_std)
         super().__init__(operator, GaussianNoise(noise_std), linear=True)
         self.config = {"shape": list(shape), "noise_std": float(noise_std), **config}
         self.register_buffer("inverse", None, persistent=False)

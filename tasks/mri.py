@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +58,7 @@ class MRI(LinearTask):
     def __init__(self, shape, acceleration: float = 4, central: float = 0.1, seed: int = 0, noise_std: float = 0.05):
         shape = image_shape(shape, channels=(1, 2))
         W = shape[-1]
-        if isinstance(acceleration, bool) or not isinstance(acceleration, (int, float)) or not 1 <= acceleration <= W:
+        if isinstance(acceleration, bool) or not isinstance(acceleration, Real) or not 1 <= acceleration <= W:
             raise ValueError(f"acceleration must be between 1 and the {W} columns of x, got {acceleration!r}")
         if int(check_fraction("central", central) * W) > W // acceleration:
             raise ValueError(f"central must be at most 1 / acceleration, {1 / acceleration:.3g}, got {central!r}")

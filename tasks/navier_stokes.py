@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from rtb_inverse.checks import check_count, check_number, check_positive
+from rtb_inverse.checks import check_count, check_number, check_positive, one_number
 from rtb_inverse.problems import GaussianNoise, InverseProblem
 from tasks.linear import image_shape
 
@@ -90,6 +90,7 @@ class NavierStokes(InverseProblem):
         if shape[1] % check_count("factor", factor):
             raise ValueError(f"factor must divide n = {shape[1]}, got {factor}")
         time, viscosity, forcing = check_positive("time", time), check_positive("viscosity", viscosity), check_number("forcing", forcing)
+        noise_std = one_number("noise_std", noise_std)
         super().__init__(self.observed, GaussianNoise(noise_std), linear=False)
         self.flow, self.factor = Flow(shape[1], viscosity, time, check_count("steps", steps), forcing), factor
         self.config = {

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from rtb_inverse.checks import check_choice, check_number
+from rtb_inverse.checks import check_choice, check_number, one_number
 from rtb_inverse.problems import GaussianNoise, InverseProblem
 from tasks.linear import image_shape
 
@@ -38,6 +38,7 @@ class PhaseRetrieval(InverseProblem):
         check_number("oversampling", oversampling, 1)
         self.kind = check_choice("kind", kind, ("amplitude", "intensity"))
         self.padded = tuple(math.ceil(oversampling * n) for n in shape[1:])
+        noise_std = one_number("noise_std", noise_std)
         super().__init__(self.observed, GaussianNoise(noise_std), linear=False)
         self.y_range = (0.0, math.inf)
         self.config = {"shape": list(shape), "kind": kind, "oversampling": float(oversampling), "noise_std": float(noise_std)}

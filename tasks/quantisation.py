@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from rtb_inverse.checks import check_count, check_tensor
+from rtb_inverse.checks import check_count, check_tensor, one_number
 from rtb_inverse.noise import QuantisedNoise
 from rtb_inverse.noise_distributions import QuantisedNormal
 from rtb_inverse.problems import InverseProblem
@@ -44,6 +44,7 @@ class Quantisation(InverseProblem):
             raise ValueError(f"bits must be at most 16, got {bits}")
         low, high = check_limits(limits)
         edges = torch.linspace(low, high, 2**bits + 1, dtype=torch.float64)[1:-1]
+        noise_std = one_number("noise_std", noise_std)
         super().__init__(nn.Identity(), QuantisedNoise(noise_std, edges), linear=True)
         self.low, self.width, self.levels = low, (high - low) / 2**bits, 2**bits
         self.config = {"shape": list(shape), "bits": bits, "noise_std": float(noise_std), "limits": [low, high]}

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from rtb_inverse.checks import check_positive
+from rtb_inverse.checks import check_positive, one_number
 from rtb_inverse.problems import GaussianNoise, InverseProblem
 from tasks.deblurring import Blur, gaussian_kernel
 from tasks.linear import image_shape
@@ -35,6 +35,7 @@ class SaturatingDeblurring(InverseProblem):
         if 4 * blur_std > min(shape[1:]):
             raise ValueError(f"blur_std must be at most a quarter of the image's side, {min(shape[1:]) / 4:g} pixels, got {blur_std!r}")
         self.gain = check_positive("gain", gain)
+        noise_std = one_number("noise_std", noise_std)
         super().__init__(self.observed, GaussianNoise(noise_std), linear=False)
         self.y_range = (-1 / math.tanh(self.gain), 1 / math.tanh(self.gain))
         self.blur = Blur(gaussian_kernel(2 * reach + 1, float(blur_std)), "replicate", tuple(shape[1:]))

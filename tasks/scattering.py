@@ -18,7 +18,7 @@ import torch
 from scipy.special import hankel1, j1
 from torch import Tensor
 
-from rtb_inverse.checks import check_choice, check_count, check_positive
+from rtb_inverse.checks import check_choice, check_count, check_positive, one_number
 from rtb_inverse.noise import ComplexGaussianNoise
 from rtb_inverse.problems import InverseProblem
 from tasks.linear import image_shape
@@ -82,6 +82,7 @@ class InverseScattering(InverseProblem):
         if 2 * wavelengths * math.sqrt(1 + contrast) > n:
             most = n / (2 * math.sqrt(1 + contrast))
             raise ValueError(f"wavelengths must be at most {most:.3g} on {n} pixels at contrast {contrast:g}, got {wavelengths!r}")
+        noise_std = one_number("noise_std", noise_std)
         super().__init__(self.scattered, ComplexGaussianNoise(noise_std), linear=model == "born")
         self.model, self.contrast = model, contrast
         self.config = {

@@ -305,6 +305,18 @@ def test_an_update_along_a_basis_keeps_the_elements_own_errors(schedule):
     torch.testing.assert_close(step.variance, (sd**2 + c_0**2 * prior.error * shrink).expand(2, 2, 3), rtol=1e-6, atol=1e-9)
 
 
+def test_the_floor_of_a_step_is_the_priors_not_that_of_what_y_leaves(schedule):
+    """What y leaves of a step's variance is left of its floor too: else small noise has no steps that fit it."""
+    prior = Constant((3,), schedule, 4, min_std=0.5)
+    prior.error = torch.full((3,), 1e-4)
+    x, t, s = torch.ones(2, 2, 3, dtype=torch.float64), *prior.times[-2:]
+    shrink = torch.tensor([1e-4, 0.5, 1.0], dtype=torch.float64)
+    for basis in (None, torch.eye(3, dtype=torch.float64)):
+        step = prior.gaussian_step(x, x, t, s, update=Update(x, shrink, basis))
+        left = 0.25 * shrink if basis is None else 0.25 - 1e-4 * (1 - shrink)  # along a basis of the part that is uncertainty
+        torch.testing.assert_close(step.variance, left.expand(2, 2, 3), rtol=1e-6, atol=1e-9)
+
+
 @pytest.mark.parametrize("options, message", [
     ({"eta": 0.0}, "eta"), ({"eta": 1.5}, "eta"), ({"variance": "learned"}, "variance"), ({"min_std": 0.0}, "min_std"),
     ({"steps": 0}, "steps"),

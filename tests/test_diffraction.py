@@ -103,6 +103,8 @@ def test_the_beam_stop_hides_a_disc_and_nothing_else(generator):
     assert hidden == {(0, 0), (1, 0), (15, 0), (0, 1), (1, 1), (15, 1)}  # |k| < 2, of k_1 and -k_1 alike
     torch.testing.assert_close(after[after > 1], before[after > 1])
     assert float(before.min()) >= 3
+    y = stopped.simulate(x, generator)
+    assert stopped.residual(x, y).shape == (1, 1, before.numel() - 6)  # nothing is to be seen behind it, and to be counted in chi squared
 
 
 def test_where_no_photon_is_expected_none_is_seen():

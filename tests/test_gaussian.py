@@ -196,6 +196,18 @@ def test_the_particles_of_the_guided_start_have_one_weight(beta, make_prior, gen
         exactly(start, prior.log_evidence(A, 0.5, y).expand_as(start), atol=1e-8)
 
 
+@pytest.mark.parametrize("noise_std", [1e-2, 1e-4])
+def test_the_guided_start_is_exact_at_small_noise(noise_std, make_prior, generator):
+    """Ten of 36 directions are seen, and left with far less of their variance than the others."""
+    prior = make_prior("gaussian", shape=(1, 6, 6), steps=10)
+    A = torch.randn((10, 36), generator=generator, dtype=D)
+    problem = InverseProblem(A, GaussianNoise(noise_std))
+    y = problem.simulate(prior.sample(2, generator), generator)
+    draws = importance(Posterior(prior, problem, width=8), y, 16, generator)
+    assert float(draws.ess.min()) > 15.9
+    torch.testing.assert_close(draws.log_w.mean(0), prior.log_evidence(A, noise_std, y), atol=0.05, rtol=0)
+
+
 @pytest.mark.parametrize("kind", ["box", "blur"])
 def test_guided_start_on_a_process_is_exact_in_float32(kind, generator):
     prior = GaussianPrior.process(8, 2.0, steps=8)

@@ -11,6 +11,10 @@ def particles(generator):
     return Particles(torch.randn((40, 2, 3), generator=generator), 2 * torch.randn((40, 2), generator=generator) + 700)
 
 
+def test_log_z_of_equal_weights_is_their_logarithm():
+    assert Particles(torch.zeros(300, 1, 2), torch.ones((300, 1), dtype=torch.float64)).log_z.item() == pytest.approx(1.0, abs=1e-13)
+
+
 def test_weights_are_normalised_and_moments_are_weighted(particles):
     w = (particles.log_w - particles.log_w.max(0).values).double().exp()
     w = w / w.sum(0)

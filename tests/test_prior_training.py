@@ -9,17 +9,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import make_network
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Timer
 from torch.utils.data import TensorDataset
 
-from priors import DiffusersPrior
+from priors import DiffusersPrior, DigitsData, digits
 from priors.autoencoders import AutoencoderTraining
 from priors.digit_generators import GANTraining, VAETraining
 from priors.mnist_classifier import MNISTClassifierTraining
 from priors.tensor_data import OrderOfEpochs, TensorData
 from rtb_inverse.prior_training import PriorTraining, generator_of_step
+from rtb_inverse.schedules import expand
 
 DIGITS = "priors/digits"
 
@@ -133,3 +134,44 @@ def test_each_epoch_has_another_order_and_goes_on_where_it_was():
     first, second = list(OrderOfEpochs(10, 3, lambda: 0)), list(OrderOfEpochs(10, 3, lambda: 3))
     assert sorted(first) == sorted(second) == list(range(10)) and first != second
     assert list(OrderOfEpochs(10, 3, lambda: 2)) == first[6:] and list(OrderOfEpochs(10, 3, lambda: 4)) == second[3:]
+
+
+def test_an_epoch_with_replacement_goes_on_where_it_was():
+    epochs = [list(OrderOfEpochs(10, 3, lambda n=n: n, of_epoch=5)) for n in (0, 5, 7)]
+    assert [len(epoch) for epoch in epochs] == [15, 15, 9] and epochs[0] != epochs[1] and epochs[2] == epochs[1][6:]
+    assert set(epochs[0]) <= set(range(10)) and len(set(epochs[0])) < 10
+
+
+def test_the_recipe_of_the_digits_resumes(tmp_path):
+    """Three batches an epoch: nine steps, and four to nine."""
+    network, data = make_network("unet2d"), DigitsData(batch_size=4, steps_per_epoch=4)
+
+    def train(name, ckpt_path=None):
+        module = PriorTraining(deepcopy(network), DDPMScheduler(), str(tmp_path / name), 2, lr=1e-3, warmup=2, error_draws=8)
+        module.held_out = lambda: digits()[0][:8]
+        return train_some(module, data, tmp_path, ckpt_path)
+
+    pairs = zip(train("whole").network.parameters(), train("resumed", tmp_path / "last.ckpt").network.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_min_snr_weighs_the_same_error_of_x_0_whatever_is_predicted(prediction_type, tmp_path, generator):
+    """Hang et al. 2023: min(SNR, gamma) on the error of x_0. A network that says 0 but for a fixed error of x_0 has it at all three."""
+    scheduler = DDPMScheduler(prediction_type=prediction_type, clip_sample=False)
+    module = PriorTraining(make_network("unet2d"), scheduler, str(tmp_path), 2, min_snr=5.0)
+    x = torch.randn((256, 1, 8, 8), generator=generator)
+
+    def exact_but_for_an_error(x_t, time):
+        alpha, sigma = (expand(c, x_t) for c in module.schedule.alpha_sigma(time.double()))
+        estimate = x + 0.1
+        return SimpleNamespace(sample=module.schedule.target(estimate, (x_t - alpha * estimate) / sigma, time.double()))
+
+    del module.network
+    module.network = exact_but_for_an_error
+    seed = torch.Generator().manual_seed(3)
+    t = module.schedule.times(1000)[:-1][torch.randint(1000, (256,), generator=torch.Generator().manual_seed(3))]
+    alpha, sigma = module.schedule.alpha_sigma(t)
+    assert float(module.loss(x, seed)) == pytest.approx(float(((alpha / sigma) ** 2).clamp_max(5.0).mean()) * 0.01, rel=1e-3)
+    with pytest.raises(ValueError, match="min_snr must be None"):
+        PriorTraining(make_network("unet2d"), FlowMatchEulerDiscreteScheduler(), str(tmp_path), 2, min_snr=5.0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal
 
-from priors import GaussianMixturePrior
+from priors import GaussianMixturePrior, GeneratorPrior
 from rtb_inverse.chains import Prior, path_log_prob, rollout
 from rtb_inverse.checkpoints import load_weights
 from rtb_inverse.diagnostics import effective_sample_size
@@ -14,6 +14,7 @@ from rtb_inverse.guidance import LocalGuidance
 from rtb_inverse.particles import Particles
 from rtb_inverse.posterior import Posterior
 from rtb_inverse.problems import GaussianNoise, InverseProblem
+from rtb_inverse.references import References
 
 D = torch.float64
 
@@ -161,6 +162,21 @@ def test_references_are_saved(tmp_path, generator):
     assert "references.x" in load_weights(tmp_path / "diffusion_pytorch_model.safetensors")
     again = Posterior.from_pretrained(tmp_path)
     assert torch.equal(again.references.x, posterior.references.x) and torch.equal(again.references.share, posterior.references.share)
+
+
+@pytest.mark.parametrize("kind", ["mixture", "generator"])
+def test_other_draws_are_decoded_and_seen_anew(kind, generator):
+    """Those of another dtype or device are others: what the operator made of the first ones is forgotten."""
+    prior = GaussianMixturePrior.random(2, 3, 0, steps=3) if kind == "mixture" else GeneratorPrior(lambda z: z.exp(), 2)
+    posterior = Posterior(prior, linear_problem(2, dtype=torch.float32), width=8)
+    y = torch.zeros((1, *posterior.problem.y_shape))
+    references = References(prior, size=64), References(prior, size=64)
+    references[1].x.copy_(torch.randn((64, 2), generator=generator))
+    references[0].log_likelihood(posterior.problem, y), references[0].told(posterior.problem, y)  # both are kept
+    references[0].load_state_dict(references[1].state_dict())
+    x = references[1].x
+    torch.testing.assert_close(references[0].told(posterior.problem, y)[0], posterior.problem.log_likelihood(prior.decode(x)[:, None], y))
+    assert torch.equal(references[0].data, prior.decode(x))
 
 
 def test_no_references_without_exact_draws(unet2d_prior):

@@ -282,3 +282,18 @@ def test_the_comparison_sees_a_difference(make_prior, tmp_path, monkeypatch):
     train("amortised", make_prior, tmp_path / "b")
     with pytest.raises(AssertionError):
         assert_same(state(train("amortised", make_prior, tmp_path / "b", tmp_path / "b" / "last.ckpt")), expected)
+
+
+def test_a_checkpoint_of_the_finished_training_holds_what_it_wrote(make_prior, tmp_path):
+    """The averages, both as weights and as what they go on from."""
+    posterior = Posterior(make_prior("mixture"), InverseProblem(torch.eye(3, dtype=torch.float64), GaussianNoise(0.5)), width=8)
+    module = PosteriorTraining(posterior, states=8, pool=16, pool_start=16, slots=4, bounds=0, output=str(tmp_path / "out"))
+    trainer = Trainer(max_steps=6, accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
+    trainer.fit(module, ObservationData())
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    written, held = (
+        Posterior.from_pretrained(tmp_path / "out", prior=posterior.prior),
+        torch.load(tmp_path / "end.ckpt", weights_only=True),
+    )
+    for i, (average, own) in enumerate(zip(module.ema.averages, written.trainable(), strict=True)):
+        assert torch.equal(average, own) and torch.equal(held["state_dict"][f"ema.average_{i}"], own)

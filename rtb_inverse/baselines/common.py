@@ -14,7 +14,7 @@ from rtb_inverse.corrections import own_step
 from rtb_inverse.diagnostics import crps
 from rtb_inverse.distributions import draw
 from rtb_inverse.particles import Particles
-from rtb_inverse.problems import InverseProblem
+from rtb_inverse.problems import TRIED, InverseProblem
 
 
 def prepare(prior: Prior, problem: InverseProblem, y: Tensor | None) -> Tensor | None:
@@ -27,7 +27,7 @@ def prepare(prior: Prior, problem: InverseProblem, y: Tensor | None) -> Tensor |
         raise TypeError(f"prior must be a Prior, got {type(prior).__name__}")
     if not isinstance(problem, InverseProblem):
         raise TypeError(f"problem must be an InverseProblem, got {type(problem).__name__}")
-    y = problem.bind(prior.data_shape).check_y(y)
+    y = problem.bind(prior.data_shape, prior.examples(TRIED)).check_y(y)
     return y if y is None else y.to(**prior._options())
 
 

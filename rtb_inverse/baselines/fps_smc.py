@@ -141,7 +141,7 @@ class Observer:
 
 def noised_observations(prior: Prior, observer: Observer, y: Tensor, generator: Generator | None) -> list[Tensor]:
     """y_T .. y_0 without the operator's offset, each (B, m): y_t = a y_s + b A z up the prior's grid."""
-    ys = [y.flatten(1) - observer.offset]
+    ys = [y.reshape(len(y), -1) - observer.offset]
     for s, t in pairwise(prior.times.flip(0)):
         a, b = (c.to(y.dtype) for c in prior.schedule.forward_step(s, t))
         z = torch.randn((len(y), observer.matrix.shape[1]), generator=generator, device=y.device, dtype=y.dtype)

@@ -99,7 +99,7 @@ def gaussian_log_evidence(posterior: Posterior, x_t: Tensor, estimate: Tensor, t
         variance = posterior.error(t)[guide.mask] / noise_variance
     elif isinstance(guide, DenseGuidance):
         known = estimate.flatten(estimate.ndim - guide.event_dim).double() @ guide.basis.double() * guide.singular
-        residual = posterior.beta**0.5 * ((y.flatten(1) - guide.offset).double() @ guide.whiten.double().T - known)
+        residual = posterior.beta**0.5 * ((y.reshape(len(y), -1) - guide.offset).double() @ guide.whiten.double().T - known)
         variance = posterior.beta * posterior.error(t).mean() * guide.singular**2
     else:
         whiten, A = guide.noise_variance.rsqrt(), guide.matrix

@@ -55,7 +55,7 @@ def affine(problem: InverseProblem) -> tuple[Tensor, Tensor]:
     """The matrix (m, d) and the offset (m,) of an affine operator."""
     operator = problem.operator if isinstance(problem.operator, nn.Module) else nn.Identity()
     own = (c.dtype for c in (*operator.parameters(), *operator.buffers()) if c.is_floating_point())
-    zero = torch.zeros((1, *problem.shape), device=problem.noise.std.device, dtype=next(own, torch.get_default_dtype()))
+    zero = torch.zeros((1, *problem.shape), device=problem.noise.std.device, dtype=next(own, problem.tried_in))
     with torch.no_grad():
         offset = problem(zero)[0].flatten()
         columns = torch.eye(zero.numel(), device=zero.device, dtype=zero.dtype).reshape(-1, *problem.shape)

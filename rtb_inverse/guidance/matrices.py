@@ -74,7 +74,7 @@ class AffineGuide(Guide):
     def residual(self, x_0: Tensor, y: Tensor) -> Tensor:
         """y - A(x_0), (*batch, m)."""
         matrix, offset = (c.to(x_0.device, x_0.dtype) for c in (self.matrix, self.offset))
-        return y.flatten(1) - offset - x_0.flatten(x_0.ndim - self.event_dim) @ matrix.T
+        return y.reshape(len(y), -1) - offset - x_0.flatten(x_0.ndim - self.event_dim) @ matrix.T
 
     def slope(self, residual: Tensor) -> Tensor:
         """A^T (y - A(x)) / sigma^2, (*batch, d), of the likelihood that is not tempered."""
