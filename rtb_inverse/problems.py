@@ -12,7 +12,7 @@ from rtb_inverse.noise import GaussianNoise, Noise, noise_from_config
 from rtb_inverse.particles import check_below_infinity
 
 BEYOND = 10  # standard deviations of Gaussian noise, beyond which a y is a mistake (of its units, say)
-TRIED = 4  # x that an operator is tried on
+TRIED = 3  # x that an operator is tried on
 POINTS = 8  # where the Jacobian of an operator that is not affine is taken, for `condition`
 
 __all__ = ["GaussianNoise", "InverseProblem", "MatrixOperator", "Reward"]
@@ -120,20 +120,20 @@ class InverseProblem(nn.Module):
         normal = examples is None
         x = torch.randn((TRIED, *shape), generator=torch.Generator().manual_seed(0)) if examples is None else examples.detach().clone()
         x, self.tried_in = x.to(self._device()), x.dtype
-        where = f"x of shape {tuple(x.shape)}" + " ~ N(0, I)" * normal
+        where = f"x of shape {tuple(x.shape)}"
         with torch.enable_grad():
             x.requires_grad_()
             try:
                 clean = self.operator(x)
             except Exception as error:
-                raise ValueError(f"{self._called} failed on {where}, {x.dtype}: {type(error).__name__}: {error}") from error
+                raise ValueError(f"{self._called} failed on {where}: {type(error).__name__}: {error} ({self.tried_in})") from error
             if not isinstance(clean, Tensor) or clean.ndim < 1 or len(clean) != len(x):
                 was = tuple(clean.shape) if isinstance(clean, Tensor) else type(clean).__name__
                 raise ValueError(f"{self._called} must map a batch (M, *shape) to a batch (M, *y_shape): on {where} it gave {was}")
             if not clean.is_floating_point():
                 hint = "; torch.view_as_real makes one" if clean.is_complex() else ""
                 raise TypeError(f"{self._called} must return a floating-point tensor, got {clean.dtype}{hint}")
-            self._check_clean(f"{self._called}'s output on {where}", clean)
+            self._check_clean(f"{self._called}'s output" + " at x ~ N(0, I)" * normal, clean)
             self.differentiable = clean.requires_grad
         x, clean = x.detach(), clean.detach()
         self._check_alone(x[:3], clean[:3])
@@ -289,7 +289,7 @@ class Reward(InverseProblem):
     def _probe(self, shape, examples=None):
         super()._probe(shape, examples)
         if self.y_shape:
-            raise ValueError(f"log_reward must give one number per x, (M,) for M of them: it gave shape (M, {str(tuple(self.y_shape))[1:]}")
+            raise ValueError(f"log_reward must give one number per x: on a batch of 3 it gave shape {(3, *self.y_shape)}, expected (3,)")
 
     def log_likelihood(self, x, y=None):
         return self(x)

@@ -45,7 +45,7 @@ def test_an_operator_need_not_be_defined_where_the_prior_is_not():
     prior = GeneratorPrior(lambda z: z.exp(), 3)
     posterior = Posterior(prior, InverseProblem(lambda x: x.log(), GaussianNoise(0.1)), width=8)
     assert torch.isfinite(posterior.sample(torch.zeros(1, 3), 4, torch.Generator().manual_seed(0)).x).all()
-    with pytest.raises(ValueError, match=r"operator's output on x of shape \(4, 3\) ~ N\(0, I\) must be finite"):
+    with pytest.raises(ValueError, match=r"operator's output at x ~ N\(0, I\) must be finite"):
         InverseProblem(lambda x: x.log(), GaussianNoise(0.1), shape=(3,))
 
 
@@ -53,7 +53,7 @@ def test_an_operator_is_tried_in_the_dtype_of_the_prior(generator):
     A = torch.randn((2, 3), generator=generator, dtype=D)
     posterior = Posterior(GaussianMixturePrior.random(3, 3, 0, D), InverseProblem(lambda x: x @ A.T, GaussianNoise(0.1)), width=8)
     assert posterior.sample(torch.zeros(1, 2, dtype=D), 4, generator).x.dtype == D
-    with pytest.raises(ValueError, match=r"operator failed on x of shape \(4, 3\), torch.float32"):
+    with pytest.raises(ValueError, match=r"operator failed on x of shape \(3, 3\): .* \(torch\.float32\)"):
         Posterior(NORMAL, InverseProblem(lambda x: x @ A.T, GaussianNoise(0.1)), width=8)
 
 

@@ -516,5 +516,5 @@ def test_bad_arguments_get_one_clear_error(make_prior):
 def test_the_grid_is_that_of_the_prior(mixture_prior):
     posterior = Posterior(mixture_prior, matrix_problem(mixture_prior), width=8)
     assert posterior.set_steps(4) is posterior and not posterior.log_z.learned
-    with pytest.raises(ValueError, match="steps of a posterior must stay 4, got 6: set_steps of the prior, then make a posterior anew"):
+    with pytest.raises(ValueError, match="steps of a posterior must stay 4, got 6: set_steps of your prior, then make a posterior anew"):
         posterior.set_steps(6)
