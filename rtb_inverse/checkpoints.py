@@ -169,6 +169,8 @@ def load_posterior(cls, folder: Path, prior=None, problem=None, **options):
     posterior = cls(prior, problem, second_look=config.get("second_look", False), references=False, **own, **options)
     if "draws.x" in weights:
         posterior.hold_references(weights["draws.x"])  # the shares are among the weights
+    if "head.weight" in weights:
+        posterior.hold_head()
     load_posterior_weights(posterior, weights, folder / WEIGHTS)
     return posterior
 

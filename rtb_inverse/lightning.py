@@ -25,11 +25,12 @@ from rtb_inverse.diagnostics import log_mean_weight
 from rtb_inverse.evaluation import evaluate, observe, simulate_observations
 from rtb_inverse.objectives import half_square, rtb, tempered, vargrad, wake_sleep
 from rtb_inverse.posterior import Posterior
-from rtb_inverse.training import denoising_loss, line_search, path_backward, score, step_weights
+from rtb_inverse.training import denoising_loss, fit_head, line_search, path_backward, score, step_weights
 
 OBJECTIVES = ("rtb", "vargrad", "wake_sleep")
 PRECISIONS = {"32-true": None, "64-true": None, "bf16-mixed": torch.bfloat16}  # of the trainer, to that of the networks
 HELD = 64  # observations on which bounds are compared
+HEAD_LIMIT = 256  # elements of an x, of which a posterior of one y has a linear head
 LEAST = 0.1  # share of the draws that enter a wake-sleep buffer with their weights: fewer, again and again, would be all it ever holds
 
 
@@ -75,6 +76,8 @@ class PosteriorTraining(LightningModule):
         slots: observations kept with replay buffers of `capacity` x_0 each (amortised mode); a quarter of the chosen ones is renewed at
             each step.
         step_fraction, chunk_size: see `training.path_backward`.
+        head_draws: of one y, draws to which a linear correction of its estimates is fitted before the first step (`training.fit_head`), as
+            much of it kept as raises the ELBO; 0 for none, as for a posterior whose guide is exact, and for x of more than 256 elements.
         refresh: every how many steps the pool grows; in a wake-sleep warm start, every how many steps new draws enter the buffer.
         line_search: at the end of the warm start, go back along the line to where it began, to where ELBO and EUBO are nearest to one
             another (`training.line_search`); `kept` is how far along that is. Of one y: at the end of training, to the largest ELBO.
@@ -92,8 +95,8 @@ class PosteriorTraining(LightningModule):
         extra_noise: float = 0.0, states: int = 256, observations: int = 8, draws: int = 8, lr: float = 2e-3, lr_rtb: float = 3e-5,
         lr_log_z: float = 1e-2, clip: float | None = 10.0, max_grad_norm: float = 1.0, ema_decay: float = 0.999, pool: int = 8192,
         pool_start: int = 2048, pool_growth: int = 256, slots: int = 256, capacity: int = 32, step_fraction: float = 1.0,
-        chunk_size: int | None = 1024, refresh: int = 20, line_search: bool = True, bounds: int = 8, output: str | None = None,
-        test_draws: int = 64, seed: int = 0,
+        chunk_size: int | None = 1024, head_draws: int = 512, refresh: int = 20, line_search: bool = True, bounds: int = 8,
+        output: str | None = None, test_draws: int = 64, seed: int = 0,
     ):  # fmt: skip
         super().__init__()
         self.automatic_optimization = False
@@ -105,6 +108,11 @@ class PosteriorTraining(LightningModule):
             if len(y) != 1:
                 raise ValueError(f"y must be one observation, got {len(y)}; leave y out to train over all observations")
         self.fixed = y is not None or not posterior.amortised
+        self.head_draws = check_count("head_draws", head_draws, 0)
+        exact = posterior.guide is not None and posterior.guide.exact
+        posterior.head = None
+        if y is not None and head_draws and posterior.start == "guided" and not exact and posterior.shape.numel() <= HEAD_LIMIT:
+            posterior.hold_head()
         self.objective = check_choice("objective", objective, OBJECTIVES)
         if behaviours is None:
             behaviours = {"on_policy": 1.0} if objective == "wake_sleep" else {"on_policy": 0.5, "replay": 0.25}
@@ -178,6 +186,8 @@ class PosteriorTraining(LightningModule):
             self._restore(self._restored)
             return
         self.began = [parameter.detach().clone() for parameter in self.posterior.trainable()]
+        if self.posterior.head is not None:
+            self._fit_head(y)
         if self.pool is not None:
             self.pool.grow(self.pool_start, self.generator, progress=self.trainer.progress_bar_callback is not None)
             if not self.fixed:
@@ -213,6 +223,14 @@ class PosteriorTraining(LightningModule):
             self._settle()
             self.log("kept", self.kept, prog_bar=True)
         self.log("loss", loss, prog_bar=True)
+
+    def _fit_head(self, y: Tensor) -> None:
+        """As much of it as raises the ELBO on paths of their own; the same on every device."""
+        generator = torch.Generator(self.device).manual_seed(self.seed)
+        fit_head(self.posterior, y, self.head_draws, generator, progress=self.trainer.progress_bar_callback is not None)
+        weight: Any = self.posterior.head.weight
+        held = BoundsOverTraining(self.posterior, y, observations=HELD, seed=self.seed + 3, chunk_size=self.chunk_size)
+        line_search([weight], [torch.zeros_like(weight)], held.gap)
 
     def _measure_bounds(self, step: int) -> None:
         """Of the averaged posterior, on the first device."""

@@ -14,6 +14,7 @@ from diffusers import UNet1DModel, UNet2DModel
 from torch import Tensor, nn
 
 from rtb_inverse.chains import Prior
+from rtb_inverse.guidance.base import product_by_time
 from rtb_inverse.schedules import expand
 
 
@@ -211,6 +212,34 @@ class ResidualMLP(nn.Module):
         h = self.norm(self.first(torch.cat(features, -1)))
         shift, log_scale = self.last(nn.functional.silu(self.blocks(h))).chunk(2, -1)
         return (x_0 + r * shift).reshape(shape), log_scale.reshape(shape)
+
+
+class LinearHead(nn.Module):
+    r"""For one y: at each step a linear map of what is known there is added to the estimate of x_0,
+
+        x0hat + W_k^T (1, x_t / sqrt(alpha_t^2 + sigma_t^2), x0hat).
+
+    Starts at 0; `training.fit_head` finds it.
+    """
+
+    weight: Tensor  # W_k, the last step first, (K, 1 + 2 d, d)
+
+    def __init__(self, prior: Prior):
+        super().__init__()
+        d = prior.shape.numel()
+        self.schedule, self.event_dim = prior.schedule, len(prior.shape)
+        self.register_buffer("weight", torch.zeros((prior.steps, 1 + 2 * d, d), **prior._options()))
+
+    def features(self, x_t: Tensor, t: Tensor, x_0: Tensor) -> Tensor:
+        """What is known at states x_t (*batch, *shape), t and the estimates x_0 there: (*batch, 1 + 2 d)."""
+        scaled = x_t / expand(torch.hypot(*self.schedule.alpha_sigma(t)), x_t)
+        return nn.functional.pad(torch.cat([scaled.flatten(-self.event_dim), x_0.flatten(-self.event_dim)], -1), (1, 0), value=1.0)
+
+    def forward(self, x_t: Tensor, t: Tensor, k: Tensor, x_0: Tensor) -> Tensor:
+        """The estimate x_0 (*batch, *shape) at steps k, corrected; t and k broadcast to the batch."""
+        steps, which = k.unique(return_inverse=True)
+        known = self.features(x_t, t, x_0)
+        return x_0 + product_by_time(known, [self.weight[i].T for i in steps], which.expand(known.shape[:-1])).reshape(x_0.shape)
 
 
 class LogZ(nn.Module):

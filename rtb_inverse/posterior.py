@@ -14,7 +14,7 @@ from rtb_inverse.checks import check_choice, check_count, check_positive
 from rtb_inverse.guidance import COVARIANCE_LIMIT, DENSE_LIMIT, GradientGuidance, Guide, Update, covariance_guidance, guidance
 from rtb_inverse.kept_draws import KeptDraws
 from rtb_inverse.laplace import laplace_guidance
-from rtb_inverse.networks import ConditionalUNet, LogZ, ResidualMLP, gaussian_error, on_grid
+from rtb_inverse.networks import ConditionalUNet, LinearHead, LogZ, ResidualMLP, gaussian_error, on_grid
 from rtb_inverse.noise_range import NoiseRange
 from rtb_inverse.particles import Particles
 from rtb_inverse.problems import TRIED, InverseProblem, Reward
@@ -110,6 +110,7 @@ class Posterior(Chain):
             w[0] *= not self.exact_end
             self.local_gate, self.looks = nn.Parameter(w.to(**options)), w > 0
         self.draws: KeptDraws | None = None
+        self.head: LinearHead | None = None
         self.references = self._measured_references() if self.start == "guided" and cheap else None
         if self.start == "guided" and isinstance(self.guide, GradientGuidance) and self.references is None:
             self._learn(self.guide)
@@ -137,6 +138,11 @@ class Posterior(Chain):
         """Take draws x (M, *shape) of the prior as references, whose shares are 0 until they are measured or loaded."""
         self.draws = KeptDraws(self.prior, x, self.problem)
         return self.draws
+
+    def hold_head(self) -> LinearHead:
+        """Make room for what `fit(posterior, y=y)` finds for one y in closed form; until then it is 0."""
+        self.head = LinearHead(self.prior)
+        return self.head
 
     def _guide(self, start: str | None) -> Guide | None:
         """The best that prior and problem allow; of a chain in latents that starts at the prior, whose network the guide only shows where y
@@ -274,6 +280,8 @@ class Posterior(Chain):
             known = guide is not None and guide.per_observation and update.shrink is not None
             update = replace(update, delta=delta) if known else self.references.left(k, delta)
         estimate = drawn + expand(torch.where(learnt, self.gate[k], 1.0), x_0) * update.delta
+        if self.head is not None:
+            estimate = self.head(x_t, t, k, estimate)
         clip = self.schedule.clip_sample
         return (estimate if clip is None else estimate.clamp(-clip, clip)), log_scale, update
 

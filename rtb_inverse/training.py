@@ -5,13 +5,20 @@ log-density. So: roll out and score under `no_grad`, then visit the steps in bat
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
+from tqdm.auto import tqdm
 
-from rtb_inverse.chains import Bridges, Trajectory, chunks, path_log_prob, step_log_prob
+from rtb_inverse.chains import Bridges, Trajectory, chunks, path_log_prob, rollout, step_log_prob
 from rtb_inverse.checks import check_finite
+from rtb_inverse.objectives import tempered
 from rtb_inverse.posterior import Posterior
+
+ROUNDS, COPIES = 2, 4  # of `fit_head`: regressions, and states of each draw at each level
+COUNTS = 1 / 3  # of the draws, that their effective sample size is to be
+RIDGE = 0.15  # of the features' squares, which are about 1
 
 
 @torch.no_grad()
@@ -45,6 +52,37 @@ def denoising_loss(posterior: Posterior, bridges: Bridges, y: Tensor | None, wei
     if weights is not None:
         log_q = weights.to(log_q)[bridges.k] * log_q
     return -log_q.mean() * posterior.steps / bridges.x_t[0].numel()
+
+
+@torch.no_grad()
+def fit_head(
+    posterior: Posterior, y: Tensor, n: int = 512, generator: Generator | None = None, chunk_size: int = 1024, progress: bool = False
+) -> None:  # fmt: skip
+    r"""Fit the posterior's `head` to one y, (1, *y_shape), in place, by ridge regression.
+
+    Of one y, E[x_0 | x_t, y] is a function of x_t alone, and the guided estimate is near it. So n draws of the posterior, picked by their
+    path weights, tempered so that a third of them counts, are noised to each level, and what is left of the estimates' errors is
+    regressed on what is known there. All but the last step; `ROUNDS` times, each time with draws of what was found.
+    """
+    head: Any = posterior.head
+    for _ in tqdm(range(ROUNDS), "fitting to the one y", disable=not progress, leave=False):
+        paths = rollout(posterior, n, y, generator)
+        log_q, log_p, log_lik = score(posterior, paths, chunk_size)
+        weights = tempered(log_p + log_lik - log_q, COUNTS)[:, 0].softmax(0)
+        x_0 = paths.x_0[torch.multinomial(weights, COPIES * n, replacement=True, generator=generator)]
+        found = torch.zeros_like(head.weight)
+        head.weight.zero_()
+        for k, t in enumerate(posterior.times[:-1].flip(0)):
+            if k == 0:
+                continue
+            noise = torch.randn(x_0.shape, generator=generator, device=x_0.device, dtype=x_0.dtype)
+            x_t = posterior.schedule.add_noise(x_0, noise, t)
+            estimate = torch.cat([posterior.denoise(part, t, y)[0] for part in x_t.split(chunk_size)])
+            known, error = head.features(x_t, t, estimate).flatten(0, 1).double(), (x_0 - estimate).flatten(2).flatten(0, 1).double()
+            square = known.T @ known
+            square.diagonal().add_(RIDGE * len(known))
+            found[k] = torch.linalg.solve(square, known.T @ error)
+        head.weight.copy_(found)
 
 
 @torch.no_grad()

@@ -255,7 +255,7 @@ M = torch.zeros((2, 3), dtype=D)
     (lambda: NoiseRange(RANGE, 0.1, 1.0), TypeError, "with GaussianNoise, got one of NoiseLevel"),
     (lambda: RANGE.observation(M, 2.5), ValueError, r"y must end in the logarithm of a noise level in \[0.1, 2\] .* got level 2.5"),
     (lambda: RANGE.observation(M, torch.tensor([1.0, 0.05])), ValueError, r"noise level in \[0.1, 2\] .* got level 0.05"),
-    (lambda: RANGE.observation(M, -1.0), ValueError, r"level must be a number in \[0.1, 2\], or one for each of the 2 measurements, got -1.0"),
+    (lambda: RANGE.observation(M, -1.0), ValueError, r"level must be a number in \[0.1, 2\], or one .* 2 measurements, got -1.0"),
     (lambda: RANGE.observation(M[:, :2], 1.0), ValueError, r"measurement must have shape \(B, 3\), got \(2, 2\)"),
     (lambda: CLIPPED.observation(torch.full((1, 2, 2), 9.0), 0.5), ValueError, r"what the operator gives, \[-1, 1\], .* got 9"),
     (lambda: RANGE.check_y(M), ValueError, r"y must have shape \(B, 4\), got \(2, 3\)"),
