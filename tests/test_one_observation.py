@@ -60,9 +60,7 @@ def test_fit_to_one_y_raises_its_elbo_and_the_paths_keep_their_densities(tmp_pat
         torch.testing.assert_close(path_log_prob(own, paths, chunk), paths.log_prob, rtol=1e-4, atol=2e-2)
     own.save_pretrained(tmp_path)
     assert torch.equal(path_log_prob(Posterior.from_pretrained(tmp_path), paths), path_log_prob(own, paths))
-    assert (
-        fit(own, 1, progress=False, pool=16, pool_start=16, slots=4, states=4, bounds=0, line_search=False).head is None
-    )
+    assert fit(own, 1, progress=False, pool=16, pool_start=16, slots=4, states=4, bounds=0, line_search=False).head is None
 
 
 @pytest.mark.parametrize("options", [{"head_draws": 0}, {}])
