@@ -1,4 +1,5 @@
-"""`rtb-inverse fit | validate | test | predict --config FILE.yaml`: Lightning's command line over any model and data module."""
+"""`rtb-inverse fit | test | predict --config FILE.yaml`: Lightning's command line over any model and data module. (`validate` is for the
+recipes of priors.)"""
 
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningCLI
