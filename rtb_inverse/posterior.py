@@ -35,6 +35,7 @@ class Posterior(Chain):
         x0hat  <- x0hat + gate_t * (Gaussian update of x0hat by y under the denoiser's error r_t^2)      (start="guided")
                   (where the prior is a network: joined with an update by the covariance at the very state, see `second_look`, and begun
                   from what kept draws say, see `KeptDraws`; where draws are cheap: joined with E[x_0 | x_t, y] over many, see `References`)
+        x0hat  <- x0hat + a linear map of x_t and of x0hat, of a posterior of one y only                  (`LinearHead`)
         scales <- prior's step, shrunk by what y tells, times exp(log_scale)
 
     gate_t starts at 1, log_scale at 0, all added inputs of the network at 0: so the chain starts at the prior, or guided. A U-Net's own
