@@ -110,9 +110,8 @@ class PosteriorTraining(LightningModule):
         self.fixed = y is not None or not posterior.amortised
         self.head_draws = check_count("head_draws", head_draws, 0)
         exact = posterior.guide is not None and posterior.guide.exact
-        posterior.head = None
-        if y is not None and head_draws and posterior.start == "guided" and not exact and posterior.shape.numel() <= HEAD_LIMIT:
-            posterior.hold_head()
+        small = posterior.shape.numel() <= HEAD_LIMIT
+        self.has_head = y is not None and head_draws > 0 and posterior.start == "guided" and not exact and small
         self.objective = check_choice("objective", objective, OBJECTIVES)
         if behaviours is None:
             behaviours = {"on_policy": 1.0} if objective == "wake_sleep" else {"on_policy": 0.5, "replay": 0.25}
@@ -166,6 +165,10 @@ class PosteriorTraining(LightningModule):
         self._loaded = False
 
     def setup(self, stage):
+        if self.has_head and self.posterior.head is None:
+            self.posterior.hold_head()
+        if stage == "fit" and not self.has_head:
+            self.posterior.head = None  # that of another training, for one y
         if self.trainer.precision not in PRECISIONS:
             raise ValueError(f"precision must be 32, 64 or bf16-mixed, got {self.trainer.precision!r}: 16 bits hold no log-density")
 

@@ -49,6 +49,16 @@ def test_an_operator_need_not_be_defined_where_the_prior_is_not():
         InverseProblem(lambda x: x.log(), GaussianNoise(0.1), shape=(3,))
 
 
+def test_an_operator_may_refuse_what_is_not_of_the_prior():
+    def positive(x):
+        if (x <= 0).any():
+            raise ValueError("x must be positive")
+        return x.log()
+
+    prior = GeneratorPrior(lambda z: z.exp(), 3)
+    assert not Posterior(prior, InverseProblem(positive, GaussianNoise(0.1)), start="prior", width=8).problem.linear
+
+
 def test_an_operator_is_tried_in_the_dtype_of_the_prior(generator):
     A = torch.randn((2, 3), generator=generator, dtype=D)
     posterior = Posterior(GaussianMixturePrior.random(3, 3, 0, D), InverseProblem(lambda x: x @ A.T, GaussianNoise(0.1)), width=8)

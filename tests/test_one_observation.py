@@ -1,6 +1,7 @@
 """What a posterior of one y finds in closed form: a linear map added to its estimates."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from priors import DiffusersPrior, GaussianPrior
 from rtb_inverse import GaussianNoise, InverseProblem, Posterior, fit, importance
 from rtb_inverse.chains import path_log_prob, rollout
+from rtb_inverse.lightning import PosteriorTraining
 from rtb_inverse.training import fit_head
 from tasks import PhaseRetrieval
 
@@ -59,7 +61,11 @@ def test_fit_to_one_y_raises_its_elbo_and_the_paths_keep_their_densities(tmp_pat
     for chunk in (None, 1, 7):
         torch.testing.assert_close(path_log_prob(own, paths, chunk), paths.log_prob, rtol=1e-4, atol=2e-2)
     own.save_pretrained(tmp_path)
-    assert torch.equal(path_log_prob(Posterior.from_pretrained(tmp_path), paths), path_log_prob(own, paths))
+    loaded = Posterior.from_pretrained(tmp_path)
+    module = PosteriorTraining(loaded)
+    module._trainer = SimpleNamespace(precision="32-true")
+    module.setup("test")
+    assert torch.equal(path_log_prob(loaded, paths), path_log_prob(own, paths))
     assert fit(own, 1, progress=False, pool=16, pool_start=16, slots=4, states=4, bounds=0, line_search=False).head is None
 
 
