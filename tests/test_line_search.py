@@ -79,7 +79,7 @@ def test_one_y_is_specialised_on_without_a_warm_start_and_never_for_the_worse(ma
     untrained = held.gap()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("rtb_inverse.lightning.Pool", None)  # not called
-        fit(p, 6, 0, y=y, lr_rtb=0.1, progress=False, bounds=0)
+        fit(p, 6, 0, y=y, lr_rtb=0.1, progress=False, bounds=0, head_draws=0)
     assert all(torch.equal(v, w) for v, w in zip(before, p.trainable(), strict=True)) and held.gap() == untrained
-    fit(p, 6, 0, y=y, lr_rtb=0.1, progress=False, bounds=0, line_search=False)
+    fit(p, 6, 0, y=y, lr_rtb=0.1, progress=False, bounds=0, head_draws=0, line_search=False)
     assert held.gap() > untrained + 1
