@@ -269,8 +269,8 @@ class InverseProblem(nn.Module):
             raise ValueError(
                 "operator is not differentiable and y is not on x's grid: override `condition` to say what the network sees of y"
             )
-        points = (torch.zeros((1, *self.shape)) if self.linear else self._points()).to(y)
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
+            points = (torch.zeros((1, *self.shape)) if self.linear else self._points()).to(y)
             x = points.repeat_interleave(len(y), 0).requires_grad_()
             projected = torch.autograd.grad(self.operator(x), x, y.repeat(len(points), *(1,) * (y.ndim - 1)))[0]
         return projected.detach().reshape(len(points), len(y), *self.shape).mean(0)

@@ -81,6 +81,15 @@ def test_one_number_for_each_x_is_a_measurement(kind, noise, power, make_prior, 
     assert y.shape == (2,) and torch.isfinite(importance(posterior, y, 4, generator).log_w).all()
 
 
+def test_draws_in_inference_mode(generator):
+    prior = DiffusersPrior.from_pretrained("priors/digits", steps=2)
+    posterior = Posterior(prior, InverseProblem(lambda x: torch.fft.rfft2(x).abs(), GaussianNoise(0.1)), references=False)
+    y = posterior.problem.simulate(prior.sample(2, generator), generator)
+    plain = posterior.sample(y, 2, torch.Generator().manual_seed(1)).x
+    with torch.inference_mode():
+        assert torch.equal(posterior.sample(y.clone(), 2, torch.Generator().manual_seed(1)).x, plain)
+
+
 def test_x_of_another_shape_is_refused():
     colours = Colourisation((3, 8, 8))
     for call in (colours, colours.simulate, lambda x: colours.log_likelihood(x, torch.zeros(2, 1, 8, 8))):
