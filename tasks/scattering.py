@@ -10,6 +10,9 @@ g and G are the integral of k^2 (i / 4) H_0(k |r - r'|) over a pixel, taken as a
     (i pi k a / 2) J_1(k a) H_0(k |r - r'|)        elsewhere, and        (i pi k a / 2) H_1(k a) - 1        in its own middle,
 
 with the Hankel functions H of the first kind. Lengths are in widths of the image.
+
+deepinv models the same waves, and the tests compare both fields with its. Its solver is an autograd function that torch.func, by which
+guides take their products, does not enter; so the system is solved here, for all waves of an image at once.
 """
 
 import math
