@@ -62,9 +62,8 @@ def main() -> None:
         each = [one(held, i) for i in range(o.observations)]
         before = torch.stack([numbers(posterior, y, o.draws) for y in each])
         rows = {f"amortised, {o.amortised} steps": (before, 0.0)}
-        for name, steps in {"the one y, in closed form": 1, f"and {o.steps} steps": o.steps}.items():
-            if steps == 1 and len(rows) > 1:
-                break
+        for steps in sorted({1, o.steps}):
+            name = "the one y, in closed form" if steps == 1 else f"and {steps} steps"
             start, after = time.process_time(), []
             for y in each:
                 own = copy.deepcopy(posterior)

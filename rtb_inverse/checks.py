@@ -19,9 +19,10 @@ def check_count(name: str, value, least: int = 1) -> int:
 
 def check_seed(name: str, value) -> int:
     """Return `value` if it is an integer from 0 to 2^62; raise ValueError otherwise."""
-    if check_count(name, value, 0) > 2**62:
+    seed = check_count(name, value, 0)
+    if seed > 2**62:
         raise ValueError(f"{name} must be at most 2^62, got {value!r}")
-    return int(value)
+    return seed
 
 
 def check_positive(name: str, value: float) -> float:

@@ -72,9 +72,7 @@ def fit_head(
         x_0 = paths.x_0[torch.multinomial(weights, COPIES * n, replacement=True, generator=generator)]
         found = torch.zeros_like(head.weight)
         head.weight.zero_()
-        for k, t in enumerate(posterior.times[:-1].flip(0)):
-            if k == 0:
-                continue
+        for k, t in enumerate(posterior.times[:-1].flip(0)[1:], 1):
             noise = torch.randn(x_0.shape, generator=generator, device=x_0.device, dtype=x_0.dtype)
             x_t = posterior.schedule.add_noise(x_0, noise, t)
             estimate = torch.cat([posterior.denoise(part, t, y)[0] for part in x_t.split(chunk_size)])

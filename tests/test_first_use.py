@@ -56,7 +56,8 @@ def test_an_operator_may_refuse_what_is_not_of_the_prior():
         return x.log()
 
     prior = GeneratorPrior(lambda z: z.exp(), 3)
-    assert not Posterior(prior, InverseProblem(positive, GaussianNoise(0.1)), start="prior", width=8).problem.linear
+    with pytest.warns(UserWarning, match="operator refused x .*x must be positive.*taken for one that is not affine"):
+        assert not Posterior(prior, InverseProblem(positive, GaussianNoise(0.1)), start="prior", width=8).problem.linear
 
 
 def test_an_operator_is_tried_in_the_dtype_of_the_prior(generator):

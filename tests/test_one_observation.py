@@ -48,7 +48,7 @@ def test_a_head_of_zeros_changes_nothing(generator):
 
 
 def test_fit_to_one_y_raises_its_elbo_and_the_paths_keep_their_densities(tmp_path, generator):
-    """A paired test on the same noise, at 4 standard errors (9 were seen)."""
+    """A paired test on the same noise, at 4 standard errors (10 were seen)."""
     prior = DiffusersPrior.from_pretrained("priors/digits", steps=6)
     posterior = Posterior(prior, PhaseRetrieval(prior.shape))
     y = posterior.problem.simulate(prior.sample(1, generator), generator)
