@@ -203,11 +203,15 @@ class Posterior(Chain):
 
     def set_steps(self, steps: int) -> "Posterior":
         """Its gates are for the grid that its prior had: another one asks for another posterior."""
-        if hasattr(self, "times") and steps != self.steps:
+        if hasattr(self, "times"):
+            self._keeps(steps)
+        return super().set_steps(steps)  # type: ignore[return-value]
+
+    def _keeps(self, steps: int) -> None:
+        if steps != self.steps:
             raise ValueError(
                 f"steps of a posterior must stay {self.steps}, got {steps}: set_steps of your prior, then make a posterior anew"
             )
-        return super().set_steps(steps)  # type: ignore[return-value]
 
     def train(self, mode: bool = True) -> "Posterior":
         return super().train(False)  # a density must not depend on dropout
@@ -249,6 +253,7 @@ class Posterior(Chain):
 
     def denoise(self, x_t: Tensor, t: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | float, Update | None]:
         """The estimate of x_0 given y, the log-scale of the step, and the update that y made."""
+        self._keeps(self.prior.steps)
         t = t.to(x_t.device)
         k, guide = self.step_index(t), self.guide
         with torch.no_grad():

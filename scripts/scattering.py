@@ -1,9 +1,9 @@
 """A body seen by waves that scatter more than once: what can be known of it, and what does it cost to believe the linear (Born) model?
 
     python scripts/scattering.py [--prior priors/phantoms] [--contrast 0.05 0.5] [--wavelengths 3] [--noise 0.03] [--grid 16] [--draws 16]
-        [--observations 2] [--steps 15] [--truth simulator] [--zeta 1 3 10] [--seed 0] [--output FOLDER]
+        [--observations 2] [--steps 15] [--truth simulator] [--zeta 1 3 10] [--seed 0] [--solver direct] [--output FOLDER]
 
-Lippmann and Schwinger's fields of phantoms (--truth prior, or another prior: of its draws) on a coarser --grid, noise of a share of them.
+Noisy fields (--solver deepinv: by its iterations, slowly) of phantoms (--truth prior, or another prior: of its draws) on a coarser --grid.
 Draws of the guided posteriors of Born's model and of theirs, of DPS; linear inversion (both tuned on 3 others); report.txt, scattering.png.
 """
 
@@ -22,9 +22,9 @@ from rtb_inverse.noise import ComplexGaussianNoise
 from rtb_inverse.plots import plt
 from tasks import InverseScattering
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+MODELS, parser = ("born", "lippmann_schwinger"), argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
 options = {"prior": "priors/phantoms", "output": "outputs/scattering", "wavelengths": 3.0, "noise": 0.03, "grid": 16, "draws": 16}
-for name, default in (options | {"observations": 2, "steps": 15, "seed": 0}).items():
+for name, default in (options | {"observations": 2, "steps": 15, "seed": 0, "solver": "direct"}).items():
     parser.add_argument(f"--{name}", type=type(default), default=default)
 parser.add_argument("--contrast", type=float, nargs="+", default=[0.05, 0.5])
 parser.add_argument("--truth", choices=("simulator", "prior"), default="simulator")
@@ -44,7 +44,7 @@ plt.style.use(["dark_background", {"axes.edgecolor": "black"}])
 fig, axes = plt.subplots(len(o.contrast), 8, figsize=(15, 2.15 * len(o.contrast)), dpi=150, layout="constrained", squeeze=False)
 wave, body = {"cmap": "berlin", "interpolation": "bicubic", "vmin": -1.5, "vmax": 1.5}, {"cmap": "bone", "vmin": -1, "vmax": 1}
 for contrast, row in zip(o.contrast, axes, strict=True):
-    waves = [InverseScattering((1, o.grid, o.grid), 8, 24, contrast, o.wavelengths, m) for m in ("born", "lippmann_schwinger")]
+    waves = [InverseScattering((1, o.grid, o.grid), 8, 24, contrast, o.wavelengths, m, solver=o.solver) for m in MODELS]
     by_born, clean = (model(pool(x)) for model in waves)
     rms, (g_k, _, v) = float(clean.square().sum(-1).mean().sqrt()), waves[1].matrices(x)
     born, problem = (InverseProblem(torch.nn.Sequential(pool, m), ComplexGaussianNoise(o.noise * rms), prior.shape) for m in waves)

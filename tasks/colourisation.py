@@ -1,24 +1,8 @@
 """Colourisation: an image of three colours is seen in grey."""
 
-import torch
-from torch import Tensor, nn
-
-from tasks.linear import LinearTask, image_shape
+from tasks.linear import LinearTask, Physics, image_shape
 
 LUMA = (0.299, 0.587, 0.114)  # weights of red, green and blue in ITU-R BT.601
-
-
-class Grey(nn.Module):
-    """sum_c w_c x_c: (M, 3, H, W) to (M, 1, H, W)."""
-
-    weights: Tensor
-
-    def __init__(self, weights: Tensor):
-        super().__init__()
-        self.register_buffer("weights", weights)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (self.weights.to(x.dtype)[:, None, None] * x).sum(1, keepdim=True)
 
 
 class Colourisation(LinearTask):
@@ -33,7 +17,9 @@ class Colourisation(LinearTask):
     """
 
     def __init__(self, shape, noise_std: float = 0.05):
-        super().__init__(Grey(torch.tensor(LUMA)), image_shape(shape, channels=(3,)), noise_std)
+        from deepinv.physics import Decolorize
+
+        super().__init__(Physics(Decolorize(srf=LUMA)), image_shape(shape, channels=(3,)), noise_std)
 
     def condition(self, y):
         """The grey image itself, (B, 1, H, W)."""

@@ -1,14 +1,13 @@
 """Deblurring: y is the convolution of x with a known kernel. The kernels are functions here, (size, size), of sum 1, for others to use."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rtb_inverse.checks import check_choice, check_count, check_finite, check_positive, seeded
-from tasks.linear import LinearTask, image_shape
+from tasks.linear import LinearTask, Physics, image_shape
 
 KERNELS = ("gaussian", "anisotropic", "motion")
 BOUNDARIES = ("reflect", "replicate", "circular", "valid")
-CHEAP = 16  # products of matrices for each of a convolution of planes: up to that many the first derivative is no slower
 
 
 def odd_size(size: int) -> int:
@@ -59,47 +58,11 @@ def read_kernel(kernel) -> Tensor:
     return kernel
 
 
-def along_axis(taps: Tensor, n: int, boundary: str) -> Tensor:
-    """Convolution of n elements with taps (h,) as a matrix, (n, n), or (n - h + 1, n) where "valid"."""
-    lines = torch.eye(n, dtype=taps.dtype)[:, None]
-    if boundary != "valid":
-        lines = nn.functional.pad(lines, (len(taps) // 2,) * 2, boundary)
-    return nn.functional.conv1d(lines, taps.flip(0)[None, None])[:, 0].T
+def convolution(kernel: Tensor, boundary: str) -> Physics:
+    """Of every channel with one kernel (h, w): (M, C, H, W) to itself, or smaller by h - 1 and w - 1 where "valid"."""
+    from deepinv.physics import Blur
 
-
-class Blur(nn.Module):
-    """Convolution of every channel with one kernel (h, w): (M, C, H, W) to itself, or smaller by h - 1 and w - 1 where "valid".
-
-    The singular vectors of the kernel make it a sum of few convolutions along the columns and the rows, K = sum_i u_i v_i^T, products with
-    matrices. On 256 images of 28x28 the derivatives of these, which guides take, are 10 to 25 times as fast as those of a convolution of
-    planes (and the second derivative of deepinv's, a group for each image, is slower than that). A kernel of many such terms stays one.
-    """
-
-    kernel: Tensor
-    rows: Tensor | None  # (H', H R), of R terms
-    columns: Tensor | None  # (W, R W')
-
-    def __init__(self, kernel: Tensor, boundary: str, size: tuple[int, int]):
-        super().__init__()
-        self.register_buffer("kernel", kernel)
-        self.boundary = boundary
-        U, S, Vh = torch.linalg.svd(kernel.double().cpu())
-        terms = range(int((S > 1e-12 * S[0]).sum()))
-        few = len(terms) * sum(size) <= CHEAP * kernel.numel()
-        rows = torch.stack([along_axis(S[i] * U[:, i], size[0], boundary) for i in terms], -1).flatten(1) if few else None
-        columns = torch.cat([along_axis(Vh[i], size[1], boundary).T for i in terms], 1) if few else None
-        for name, value in {"rows": rows, "columns": columns}.items():
-            self.register_buffer(name, None if value is None else value.to(kernel.device), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.rows is not None and self.columns is not None:
-            along_rows = x @ self.columns.to(x.dtype)
-            return self.rows.to(x.dtype) @ along_rows.unflatten(-1, (self.rows.shape[1] // x.shape[-2], -1)).flatten(-3, -2)
-        planes, (h, w) = x.reshape(-1, 1, *x.shape[-2:]), self.kernel.shape
-        if self.boundary != "valid":
-            planes = nn.functional.pad(planes, (w // 2, w // 2, h // 2, h // 2), self.boundary)
-        planes = nn.functional.conv2d(planes, self.kernel.flip(0, 1).to(x.dtype)[None, None])
-        return planes.reshape(*x.shape[:2], *planes.shape[-2:])
+    return Physics(Blur(kernel[None, None], padding=boundary), kernel=kernel)
 
 
 class Deblurring(LinearTask):
@@ -137,8 +100,8 @@ class Deblurring(LinearTask):
         kernel = read_kernel(kernel)
         if kernel.shape[0] > shape[1] or kernel.shape[1] > shape[2]:
             raise ValueError(f"kernel must be no larger than the image, {tuple(shape[1:])}, got {tuple(kernel.shape)}")
-        blur = Blur(kernel, check_choice("boundary", boundary, BOUNDARIES), tuple(shape[1:]))
-        super().__init__(blur, shape, noise_std, boundary=boundary)
+        check_choice("boundary", boundary, BOUNDARIES)
+        super().__init__(convolution(kernel, boundary), shape, noise_std, boundary=boundary)
 
     @classmethod
     def from_config(cls, config, weights):

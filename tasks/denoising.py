@@ -1,9 +1,8 @@
 """Denoising: y = x + noise_std n."""
 
 import torch
-from torch import nn
 
-from tasks.linear import LinearTask, image_shape
+from tasks.linear import LinearTask, Physics, image_shape
 
 
 class Denoising(LinearTask):
@@ -18,8 +17,10 @@ class Denoising(LinearTask):
     """
 
     def __init__(self, shape, noise_std: float = 0.5):
+        from deepinv.physics import Denoising as Identity
+
         shape = image_shape(shape)
-        super().__init__(nn.Identity(), shape, noise_std)
+        super().__init__(Physics(Identity()), shape, noise_std)
         self.register_buffer("mask", torch.ones(shape, dtype=torch.bool))  # every element is seen: the update by y is exact one by one
 
     def condition(self, y):

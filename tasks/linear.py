@@ -1,12 +1,15 @@
 r"""What the linear problems of imaging share: y = A x + noise_std n, n ~ N(0, I), for images x (C, H, W).
 
-Of deepinv these tasks take the transforms of MRI and of Hadamard, kernels, masks, and the grids of rays; and the tests
-compare their products with those of its physics. What is random is in buffers, which are saved with a posterior; deepinv is loaded where
-it is needed. (A physics of deepinv may also be the operator of a problem as it is: `InverseProblem(operator=physics.A, noise=...)`.)
+The operators are those of deepinv's physics where it has them (`Physics`): blurs, means of blocks and Matlab's resampling, random
+matrices, projections, MRI, greys. What it has not is torch's: resampling as Pillow does it, coefficients of transforms, and the elements
+of x that are seen, where deepinv's y has zeros for those that are not. What is random is in buffers, which are saved with a posterior;
+deepinv is loaded where it is needed. (Any other physics of deepinv may be the operator of a problem as it is:
+`InverseProblem(operator=physics.A, noise=...)`.)
 """
 
 import math
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +33,30 @@ def check_ratio(name: str, value: float, most: float = 1) -> float:
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value <= most:
         raise ValueError(f"{name} must be in (0, {most}], got {value!r}")
     return value
+
+
+class Physics(nn.Module):
+    """A of one of deepinv's physics, with its state in the dtype of x: (M, C, H, W) to (M, *y_shape).
+
+    Args:
+        physics: rebuilt from the arguments of a task, and not saved.
+        saved: what has to be saved of it, in buffers of these names.
+    """
+
+    physics: Any
+
+    def __init__(self, physics: nn.Module, **saved: Tensor):
+        super().__init__()
+        for part in physics.modules():
+            for name, buffer in part.named_buffers(recurse=False):
+                part.register_buffer(name, buffer, persistent=False)
+        self.physics = physics
+        for name, buffer in saved.items():
+            self.register_buffer(name, buffer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = {name: b.to(x.dtype) for name, b in self.named_buffers() if b.is_floating_point() and b.dtype != x.dtype}
+        return torch.func.functional_call(self, state, (x,)) if state else self.physics.A(x)
 
 
 def lay_out(y: Tensor) -> Tensor:

@@ -4,11 +4,10 @@ import math
 import warnings
 from numbers import Real
 
-import torch
 from torch import Tensor, nn
 
 from rtb_inverse.checks import check_fraction, seeded
-from tasks.linear import LinearTask, image_shape
+from tasks.linear import LinearTask, Physics, image_shape
 
 
 def cartesian_columns(W: int, acceleration: float, central: float, seed: int) -> Tensor:
@@ -22,21 +21,21 @@ def cartesian_columns(W: int, acceleration: float, central: float, seed: int) ->
 
 
 class KSpace(nn.Module):
-    """Columns of the centred orthonormal Fourier transform (deepinv's): (M, 1 or 2, H, W), real or real and imaginary part, to
+    """The measured columns of the centred orthonormal Fourier transform: (M, 1 or 2, H, W), real or real and imaginary part, to
     (M, H, columns, 2)."""
 
     columns: Tensor
 
-    def __init__(self, columns: Tensor):
+    def __init__(self, H: int, columns: Tensor):
         from deepinv.physics import MRI
 
         super().__init__()
+        self.spectrum = Physics(MRI(img_size=(H, len(columns))))
         self.register_buffer("columns", columns)
-        self.transform = MRI.fft
 
     def forward(self, x: Tensor) -> Tensor:
-        image = x[:, 0] if x.shape[1] == 1 else torch.complex(x[:, 0], x[:, 1])
-        return torch.view_as_real(self.transform(image)[..., self.columns])
+        real_and_imaginary = nn.functional.pad(x, (0, 0, 0, 0, 0, 2 - x.shape[1]))
+        return self.spectrum(real_and_imaginary)[..., self.columns].movedim(1, -1).contiguous()
 
 
 class MRI(LinearTask):
@@ -63,7 +62,7 @@ class MRI(LinearTask):
         if int(check_fraction("central", central) * W) > W // acceleration:
             raise ValueError(f"central must be at most 1 / acceleration, {1 / acceleration:.3g}, got {central!r}")
         columns = cartesian_columns(W, acceleration, central, seed)
-        super().__init__(KSpace(columns), shape, noise_std, acceleration=acceleration, central=central, seed=seed)
+        super().__init__(KSpace(shape[1], columns), shape, noise_std, acceleration=acceleration, central=central, seed=seed)
 
     def picture(self, y):
         """The logarithm of the magnitudes where they lie in k-space, (B, 1, H, W)."""

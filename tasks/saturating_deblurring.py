@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rtb_inverse.checks import check_positive, one_number
 from rtb_inverse.problems import GaussianNoise, InverseProblem
-from tasks.deblurring import Blur, gaussian_kernel
+from tasks.deblurring import convolution, gaussian_kernel
 from tasks.linear import image_shape
 
 
@@ -38,7 +38,7 @@ class SaturatingDeblurring(InverseProblem):
         noise_std = one_number("noise_std", noise_std)
         super().__init__(self.observed, GaussianNoise(noise_std), linear=False)
         self.y_range = (-1 / math.tanh(self.gain), 1 / math.tanh(self.gain))
-        self.blur = Blur(gaussian_kernel(2 * reach + 1, float(blur_std)), "replicate", tuple(shape[1:]))
+        self.blur = convolution(gaussian_kernel(2 * reach + 1, float(blur_std)), "replicate")
         self.config = {"shape": list(shape), "blur_std": float(blur_std), "gain": self.gain, "noise_std": float(noise_std)}
         self.bind(shape)
 

@@ -518,3 +518,6 @@ def test_the_grid_is_that_of_the_prior(mixture_prior):
     assert posterior.set_steps(4) is posterior and not posterior.log_z.learned
     with pytest.raises(ValueError, match="steps of a posterior must stay 4, got 6: set_steps of your prior, then make a posterior anew"):
         posterior.set_steps(6)
+    posterior.prior.set_steps(6)  # its own copy
+    with pytest.raises(ValueError, match="steps of a posterior must stay 4, got 6"):
+        posterior.sample(torch.zeros(B, 2), 2)

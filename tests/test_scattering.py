@@ -11,7 +11,7 @@ import torch
 import yaml
 
 import tasks
-from priors import held_out_digits
+from priors import DiffusersPrior, held_out_digits
 from rtb_inverse.chains import path_log_prob, rollout
 from rtb_inverse.guidance import DenseGuidance, GradientGuidance, guidance
 from rtb_inverse.posterior import Posterior
@@ -22,9 +22,10 @@ pytestmark = pytest.mark.filterwarnings(r"ignore::DeprecationWarning:deepinv\.")
 
 D = torch.float64
 SHAPE = (1, 8, 8)
+ROOT = Path(tasks.__file__).resolve().parents[1]
 PROBLEMS = {
-    "born": lambda **options: InverseScattering(SHAPE, 3, 5, 0.4, 1.5, "born", 0.05, **options),
-    "lippmann_schwinger": lambda **options: InverseScattering(SHAPE, 3, 5, 0.8, 1.5, "lippmann_schwinger", 0.05, **options),
+    "born": lambda: InverseScattering(SHAPE, 3, 5, 0.4, 1.5, "born", 0.05),
+    "lippmann_schwinger": lambda: InverseScattering(SHAPE, 3, 5, 0.8, 1.5, "lippmann_schwinger", 0.05),
 }
 
 
@@ -87,41 +88,84 @@ def deepinv_physics(n: int, T: int, R: int, wavelengths: float, **solver):
     )
 
 
-def test_born_is_deepinvs(generator):
-    """Up to the area of a pixel, which is a square of (n - 1) / n of ours there, and the mean of the Green's function over it."""
-    n, wavelengths = 10, 1.5
-    physics, f = deepinv_physics(n, 3, 5, wavelengths), torch.rand((2, 1, n, n), generator=generator, dtype=D)
-    problem = InverseScattering((1, n, n), 3, 5, 0.7, wavelengths, "born")
-    ka = 2 * math.pi * wavelengths / (n * math.sqrt(math.pi))
-    theirs = physics.born_operator.A(f.cdouble()) * (n / (n - 1)) ** 2 * 2 * scipy.special.j1(ka) / ka
-    torch.testing.assert_close(field(problem, 2 * f / 0.7 - 1), theirs)
-
-
-def test_the_multiply_scattered_field_is_deepinvs(generator):
-    """With its Green's function in the place of ours, for every image of a batch."""
+def with_deepinvs_functions(problem: InverseScattering) -> InverseScattering:
+    """Its g, G and v replaced by deepinv's."""
     from deepinv.physics.scattering import apply_filter
 
-    n, wavelengths = 8, 1.5
-    physics, f = deepinv_physics(n, 3, 5, wavelengths, tol=1e-10), torch.rand((2, 1, n, n), generator=generator, dtype=D)
-    problem = InverseScattering((1, n, n), 3, 5, 0.7, wavelengths)
+    wavelengths, n, (T, R, _) = problem.config["wavelengths"], problem.shape[-1], problem.y_shape
+    physics, k, area = deepinv_physics(n, T, R, wavelengths), 2 * math.pi * wavelengths, (n / (n - 1)) ** 2
     points = torch.eye(n * n, dtype=torch.complex128).reshape(n * n, 1, n, n)
-    k = 2 * math.pi * wavelengths
     theirs = {
-        "g": k**2 * apply_filter(points, physics.solver.g_fourier).reshape(n * n, -1).T,
-        "G": physics.born_operator.green_operator[0].reshape(5, -1), "v": physics.incident_field[0].reshape(3, -1).T,
+        "g": area * k**2 * apply_filter(points, physics.solver.g_fourier).reshape(n * n, -1).T,
+        "G": area * physics.born_operator.green_operator[0].reshape(R, -1), "v": physics.incident_field[0].reshape(T, -1).T,
     }  # fmt: skip
     torch.testing.assert_close(torch.view_as_complex(problem.v), theirs["v"])
     for name, value in theirs.items():
         problem.register_buffer(name, torch.view_as_real(value.contiguous()))
-    y = field(problem, 2 * f / 0.7 - 1)
-    assert distance(physics.A(f.cdouble()), y) < 1e-6
-    assert distance(field(InverseScattering((1, n, n), 3, 5, 0.7, wavelengths, "born"), 2 * f / 0.7 - 1), y) > 0.1
+    return problem
 
 
-def test_on_a_fine_grid_the_field_is_deepinvs():
-    f = 0.3 * disc(28, 0.2, 0.1, 0.05)
-    theirs = deepinv_physics(28, 2, 8, 2.0).A(f.cdouble())
-    assert distance(field(InverseScattering((1, 28, 28), 2, 8, 0.3, 2.0), 2 * f / 0.3 - 1), theirs) < 0.06
+@pytest.mark.parametrize("model", PROBLEMS)
+def test_deepinvs_solver_is_deepinvs_physics(model, generator):
+    """Up to the area of a pixel, which is a square of (n - 1) / n of ours there."""
+    n = 8
+    f = torch.rand((2, 1, n, n), generator=generator, dtype=D)
+    physics = deepinv_physics(n, 3, 5, 1.5, tol=1e-9)
+    problem = InverseScattering((1, n, n), 3, 5, 0.7, 1.5, model, solver="deepinv")
+    theirs = (physics.A if model == "lippmann_schwinger" else physics.born_operator.A)(f.cdouble() * (n / (n - 1)) ** 2)
+    torch.testing.assert_close(field(problem, 2 * f / 0.7 - 1), theirs, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(problem((2 * f / 0.7 - 1).float()), torch.view_as_real(theirs).float(), rtol=1e-5, atol=1e-6)
+
+
+def test_deepinvs_solver_where_deepinvs_fails(generator):
+    """An empty image among others; waves of a frequency of its grid, where it is 0 / 0 up to rounding."""
+    x = torch.cat([torch.full((1, *SHAPE), -1.0, dtype=D), randn(generator, 1, *SHAPE)])
+    problem = InverseScattering(SHAPE, 3, 5, 0.7, 2.0, solver="deepinv")
+    y = problem(x)
+    assert not y[0].any() and distance(problem(x[1:]), y[1:]) < 1e-9
+    nearby = InverseScattering(SHAPE, 3, 5, 0.7, 2.0001, solver="deepinv")
+    assert 1e-4 < distance(nearby(x), y) < 1e-2
+
+
+def test_deepinvs_solver_has_two_derivatives(generator):
+    """Those of the direct one, with its Green's function."""
+    theirs = InverseScattering(SHAPE, 2, 3, 0.8, 1.5, solver="deepinv")
+    ours = with_deepinvs_functions(InverseScattering(SHAPE, 2, 3, 0.8, 1.5))
+    x, w = randn(generator, 3, *SHAPE), randn(generator, 3, *SHAPE)
+    x[1], w[2] = -1, 0
+
+    def derivatives(problem):
+        slope = torch.func.jvp(problem, (x,), (w,))[1]
+        pull = torch.func.vjp(problem, x)[1]
+        point = x.clone().requires_grad_()
+        first = torch.autograd.grad(problem(point).square().sum(), point, create_graph=True)[0]
+        return slope, pull(slope)[0], first.detach(), torch.autograd.grad((first * w).sum(), point)[0]
+
+    for a, b in zip(derivatives(theirs), derivatives(ours), strict=True):
+        assert float(b.norm()) > 0 and distance(a, b) < 1e-6
+
+
+def test_born_is_deepinvs(generator):
+    """Up to the mean of the Green's function over a pixel."""
+    n, wavelengths = 10, 1.5
+    x = randn(generator, 2, 1, n, n)
+    ours, theirs = (field(InverseScattering((1, n, n), 3, 5, 0.7, wavelengths, "born", solver=s), x) for s in ("direct", "deepinv"))
+    ka = 2 * math.pi * wavelengths / (n * math.sqrt(math.pi))
+    torch.testing.assert_close(ours, theirs * 2 * scipy.special.j1(ka) / ka)
+
+
+def test_the_direct_solver_finds_the_field_of_deepinvs(generator):
+    """With its Green's function in the place of ours, for every image of a batch."""
+    x = randn(generator, 2, *SHAPE)
+    y = field(with_deepinvs_functions(InverseScattering(SHAPE, 3, 5, 0.7, 1.5)), x)
+    assert distance(field(InverseScattering(SHAPE, 3, 5, 0.7, 1.5, solver="deepinv"), x), y) < 1e-6
+    assert distance(field(InverseScattering(SHAPE, 3, 5, 0.7, 1.5, "born", solver="deepinv"), x), y) > 0.1
+
+
+def test_on_a_fine_grid_the_solvers_agree():
+    x = 2 * disc(28, 0.2, 0.1, 0.05) - 1
+    ours, theirs = (field(InverseScattering((1, 28, 28), 2, 8, 0.3, 2.0, solver=solver), x) for solver in ("direct", "deepinv"))
+    assert distance(ours, theirs) < 0.04
 
 
 def test_the_field_obeys_lippmann_and_schwinger(generator):
@@ -254,6 +298,19 @@ def test_a_guided_start_is_nearer_to_y_and_its_density_can_be_trained(name, unet
     assert gradients and all(torch.isfinite(g).all() for g in gradients)
 
 
+def test_a_guided_start_on_deepinvs_solver(generator, assert_saved):
+    """Both models; the paths have one density, drawn and read."""
+    prior = DiffusersPrior.from_pretrained(str(ROOT / "priors" / "digits")).set_steps(2)
+    for model in PROBLEMS:
+        problem = InverseScattering(SHAPE, 1, 3, 0.5, 1.5, model, 0.05, solver="deepinv")
+        posterior = Posterior(prior, problem, second_look=False, references=False)
+        y = problem.simulate(held_out_digits()[:1], generator)
+        paths = rollout(posterior, 2, y, generator)
+        with torch.no_grad():
+            torch.testing.assert_close(path_log_prob(posterior, paths), paths.log_prob, rtol=0.0, atol=1e-3)
+    assert_saved(posterior, y)
+
+
 def test_a_saved_posterior_knows_its_problem(name, unet2d_prior, generator, assert_saved):
     problem = PROBLEMS[name]()
     y = problem.simulate(held_out_digits()[:2], generator)
@@ -282,6 +339,7 @@ def test_yaml_builds_its_problem():
         ({"contrast": math.nan}, "contrast must be a finite number above 0, got nan"),
         ({"wavelengths": -1}, "wavelengths must be a finite number above 0, got -1"),
         ({"wavelengths": 4.5, "contrast": 0.21}, "wavelengths must be at most 3.64 on 8 pixels at contrast 0.21, got 4.5"),
+        ({"solver": "lsqr"}, "solver must be one of direct, deepinv, got 'lsqr'"),
         ({"model": "rytov"}, "model must be one of born, lippmann_schwinger, got 'rytov'"),
         ({"noise_std": 0.0}, "noise_std must be finite and above 0, got 0.0"),
         ({"shape": (1, 8, 6)}, r"shape must be \(1, n, n\), got \(1, 8, 6\)"),
