@@ -19,7 +19,8 @@ class Colourisation(LinearTask):
     def __init__(self, shape, noise_std: float = 0.05):
         from deepinv.physics import Decolorize
 
-        super().__init__(Physics(Decolorize(srf=LUMA)), image_shape(shape, channels=(3,)), noise_std)
+        shape = image_shape(shape, channels=(3,))
+        super().__init__(Physics(Decolorize(srf=LUMA), shape), shape, noise_std)
 
     def condition(self, y):
         """The grey image itself, (B, 1, H, W)."""

@@ -8,6 +8,7 @@ from tasks.linear import LinearTask, Physics, image_shape
 
 KERNELS = ("gaussian", "anisotropic", "motion")
 BOUNDARIES = ("reflect", "replicate", "circular", "valid")
+KEPT = 2**20  # elements of its matrix up to which its products are no slower than convolutions, all derivatives told
 
 
 def odd_size(size: int) -> int:
@@ -58,11 +59,11 @@ def read_kernel(kernel) -> Tensor:
     return kernel
 
 
-def convolution(kernel: Tensor, boundary: str) -> Physics:
+def convolution(kernel: Tensor, boundary: str, shape: torch.Size) -> Physics:
     """Of every channel with one kernel (h, w): (M, C, H, W) to itself, or smaller by h - 1 and w - 1 where "valid"."""
     from deepinv.physics import Blur
 
-    return Physics(Blur(kernel[None, None], padding=boundary), kernel=kernel)
+    return Physics(Blur(kernel[None, None], padding=boundary), shape, KEPT, kernel=kernel)
 
 
 class Deblurring(LinearTask):
@@ -101,7 +102,7 @@ class Deblurring(LinearTask):
         if kernel.shape[0] > shape[1] or kernel.shape[1] > shape[2]:
             raise ValueError(f"kernel must be no larger than the image, {tuple(shape[1:])}, got {tuple(kernel.shape)}")
         check_choice("boundary", boundary, BOUNDARIES)
-        super().__init__(convolution(kernel, boundary), shape, noise_std, boundary=boundary)
+        super().__init__(convolution(kernel, boundary, shape), shape, noise_std, boundary=boundary)
 
     @classmethod
     def from_config(cls, config, weights):

@@ -18,6 +18,8 @@ from rtb_inverse.checks import check_count, one_number
 from rtb_inverse.guidance import DENSE_LIMIT, affine, conjugate_gradients
 from rtb_inverse.problems import GaussianNoise, InverseProblem
 
+AT_ONCE = 256  # images of single pixels that a physics is shown together
+
 
 def image_shape(shape, channels: tuple[int, ...] | None = None, square: bool = False) -> torch.Size:
     """`shape` as (C, H, W), of so many channels; ValueError otherwise."""
@@ -36,25 +38,37 @@ def check_ratio(name: str, value: float, most: float = 1) -> float:
 
 
 class Physics(nn.Module):
-    """A of one of deepinv's physics, with its state in the dtype of x: (M, C, H, W) to (M, *y_shape).
+    """A of one of deepinv's linear physics, with its state in the dtype of x: (M, *shape) to (M, *y_shape).
+
+    Where the matrix of A has few elements it is made, of its images of single pixels, and kept: its derivatives, which guides take by
+    the hundred, cost as much as itself.
 
     Args:
         physics: rebuilt from the arguments of a task, and not saved.
-        saved: what has to be saved of it, in buffers of these names.
+        shape: of x, (C, H, W). kept: elements of a matrix up to which it is kept.
+        saved: what has to be saved of the physics, in buffers of these names.
     """
 
     physics: Any
+    matrix: Tensor | None  # (m, d), float64
 
-    def __init__(self, physics: nn.Module, **saved: Tensor):
+    def __init__(self, physics: nn.Module, shape: torch.Size, kept: int = 0, **saved: Tensor):
         super().__init__()
         for part in physics.modules():
             for name, buffer in part.named_buffers(recurse=False):
                 part.register_buffer(name, buffer, persistent=False)
         self.physics = physics
+        self.register_buffer("matrix", None, persistent=False)
         for name, buffer in saved.items():
             self.register_buffer(name, buffer)
+        self.y_shape, d = self(torch.zeros((1, *shape), dtype=torch.float64)).shape[1:], shape.numel()
+        if d * self.y_shape.numel() <= kept:
+            pixels = torch.eye(d, dtype=torch.float64).reshape(-1, *shape)
+            self.matrix = torch.cat([self(some).flatten(1) for some in pixels.split(AT_ONCE)]).T.contiguous()
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.matrix is not None:
+            return (x.flatten(1) @ self.matrix.to(x.dtype).T).reshape(-1, *self.y_shape)
         state = {name: b.to(x.dtype) for name, b in self.named_buffers() if b.is_floating_point() and b.dtype != x.dtype}
         return torch.func.functional_call(self, state, (x,)) if state else self.physics.A(x)
 

@@ -4,6 +4,7 @@ import math
 import warnings
 from numbers import Real
 
+import torch
 from torch import Tensor, nn
 
 from rtb_inverse.checks import check_fraction, seeded
@@ -30,7 +31,8 @@ class KSpace(nn.Module):
         from deepinv.physics import MRI
 
         super().__init__()
-        self.spectrum = Physics(MRI(img_size=(H, len(columns))))
+        W = len(columns)
+        self.spectrum = Physics(MRI(img_size=(H, W)), torch.Size((2, H, W)))
         self.register_buffer("columns", columns)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ class SaturatingDeblurring(InverseProblem):
         noise_std = one_number("noise_std", noise_std)
         super().__init__(self.observed, GaussianNoise(noise_std), linear=False)
         self.y_range = (-1 / math.tanh(self.gain), 1 / math.tanh(self.gain))
-        self.blur = convolution(gaussian_kernel(2 * reach + 1, float(blur_std)), "replicate")
+        self.blur = convolution(gaussian_kernel(2 * reach + 1, float(blur_std)), "replicate", shape)
         self.config = {"shape": list(shape), "blur_std": float(blur_std), "gain": self.gain, "noise_std": float(noise_std)}
         self.bind(shape)
 

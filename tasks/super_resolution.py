@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from rtb_inverse.checks import check_choice, check_count
+from rtb_inverse.guidance import DENSE_LIMIT
 from tasks.deblurring import convolution
 from tasks.linear import LinearTask, Physics, image_shape
 
@@ -33,10 +34,10 @@ class Shrink(nn.Module):
 class Blocks(nn.Module):
     """The means of blocks of factor x factor pixels: (M, C, H, W) to (M, C, H / factor, W / factor)."""
 
-    def __init__(self, factor: int):
+    def __init__(self, shape: torch.Size, factor: int):
         super().__init__()
         self.factor = factor
-        self.means = convolution(torch.full((factor, factor), 1 / factor**2), "valid")
+        self.means = convolution(torch.full((factor, factor), 1 / factor**2), "valid", shape)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.means(x)[..., :: self.factor, :: self.factor]
@@ -47,7 +48,7 @@ def matlabs(shape, factor: int) -> Physics:
 
     if 2 * factor > min(shape[1:]):
         raise ValueError(f"factor must be at most half of the sides of x, {shape[1]} and {shape[2]}, for method 'matlab', got {factor}")
-    return Physics(DownsamplingMatlab(factor))
+    return Physics(DownsamplingMatlab(factor), shape, DENSE_LIMIT)
 
 
 class SuperResolution(LinearTask):
@@ -76,5 +77,5 @@ class SuperResolution(LinearTask):
             case "matlab":
                 operator = matlabs(shape, factor)
             case _:
-                operator = Blocks(factor)
+                operator = Blocks(shape, factor)
         super().__init__(operator, shape, noise_std, factor=factor, method=method)
