@@ -4,8 +4,8 @@ r"""Compressed sensing: fewer numbers than x has elements, each of which sees al
 "hadamard"   y = S H P D vec(x),    random signs D, zeros appended up to a power of two (P), the orthonormal Walsh-Hadamard transform H,
                                     m of its coefficients (S)   (Do et al. 2012, "Fast and efficient compressive sensing using
                                     structurally random matrices", arXiv 1106.5037)
-"fourier"    y = S F x,             m frequencies of the orthonormal two-dimensional Fourier transform of every channel   (Candès,
-                                    Romberg and Tao 2006, arXiv math/0409186)
+"fourier"    y = S F x,             m frequencies of the centred orthonormal two-dimensional Fourier transform of every channel
+                                    (Candès, Romberg and Tao 2006, arXiv math/0409186)
 """
 
 import math
@@ -16,6 +16,7 @@ from torch import Generator, Tensor, nn
 from rtb_inverse.checks import check_choice, seeded
 from rtb_inverse.problems import MatrixOperator
 from tasks.linear import LinearTask, check_ratio, image_shape
+from tasks.mri import Spectrum
 
 
 class Hadamard(nn.Module):
@@ -39,16 +40,18 @@ class Hadamard(nn.Module):
 
 
 class Fourier(nn.Module):
-    """Some coefficients of the Fourier transform, real and imaginary part: (M, C, H, W) to (M, C, m, 2)."""
+    """Some frequencies of the spectrum, real and imaginary part, counted from frequency 0 on: (M, C, H, W) to (M, C, m, 2)."""
 
     frequencies: Tensor
 
-    def __init__(self, frequencies: Tensor):
+    def __init__(self, shape: torch.Size, frequencies: Tensor):
         super().__init__()
+        self.spectrum = Spectrum(*shape[1:])
         self.register_buffer("frequencies", frequencies)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.view_as_real(torch.fft.fft2(x, norm="ortho").flatten(2)[:, :, self.frequencies])
+        spectrum = torch.fft.ifftshift(self.spectrum(x.flatten(0, 1)[:, None]), (1, 2)).flatten(1, 2)
+        return spectrum[:, self.frequencies].unflatten(0, x.shape[:2]).contiguous()
 
 
 def random_matrix(shape: torch.Size, m: int, generator: Generator) -> Tensor:
@@ -105,7 +108,7 @@ class CompressedSensing(LinearTask):
                 operator = Hadamard(signs.to(torch.int8), torch.randperm(power_of_two(d), generator=generator)[:m].sort().values)
             case _:
                 half = half_plane(H, W)
-                operator = Fourier(half[choose(len(half), max(1, round(ratio * len(half))), generator)])
+                operator = Fourier(shape, half[choose(len(half), max(1, round(ratio * len(half))), generator)])
         super().__init__(operator, shape, noise_std, kind=kind, ratio=ratio, seed=seed)
 
     def picture(self, y):

@@ -1,9 +1,9 @@
 r"""What the linear problems of imaging share: y = A x + noise_std n, n ~ N(0, I), for images x (C, H, W).
 
 The operators are those of deepinv's physics where it has them (`Physics`): blurs, means of blocks and Matlab's resampling, random
-matrices, projections, MRI, greys. What it has not is torch's: resampling as Pillow does it, coefficients of transforms, and the elements
-of x that are seen, where deepinv's y has zeros for those that are not. What is random is in buffers, which are saved with a posterior;
-deepinv is loaded where it is needed. (Any other physics of deepinv may be the operator of a problem as it is:
+matrices, the Fourier and Hadamard transforms, projections, greys. What it has not is torch's: resampling as Pillow does it, and the
+elements of x that are seen, where deepinv's y has zeros for those that are not. What is random is in buffers, which are saved with a
+posterior; deepinv is loaded where it is needed. (Any other physics of deepinv may be the operator of a problem as it is:
 `InverseProblem(operator=physics.A, noise=...)`.)
 """
 

@@ -21,23 +21,32 @@ def cartesian_columns(W: int, acceleration: float, central: float, seed: int) ->
         return generator.step()["mask"][0, 0, 0].bool()
 
 
+class Spectrum(nn.Module):
+    """The centred orthonormal Fourier transform, deepinv's physics of MRI: (M, 1 or 2, H, W), real or real and imaginary part, to
+    (M, H, W, 2), low frequencies in the middle."""
+
+    def __init__(self, H: int, W: int):
+        from deepinv.physics import MRI
+
+        super().__init__()
+        self.transform = Physics(MRI(img_size=(H, W)), torch.Size((2, H, W)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.transform(nn.functional.pad(x, (0, 0, 0, 0, 0, 2 - x.shape[1]))).movedim(1, -1)
+
+
 class KSpace(nn.Module):
-    """The measured columns of the centred orthonormal Fourier transform: (M, 1 or 2, H, W), real or real and imaginary part, to
-    (M, H, columns, 2)."""
+    """The measured columns of the spectrum: (M, 1 or 2, H, W) to (M, H, columns, 2)."""
 
     columns: Tensor
 
     def __init__(self, H: int, columns: Tensor):
-        from deepinv.physics import MRI
-
         super().__init__()
-        W = len(columns)
-        self.spectrum = Physics(MRI(img_size=(H, W)), torch.Size((2, H, W)))
+        self.spectrum = Spectrum(H, len(columns))
         self.register_buffer("columns", columns)
 
     def forward(self, x: Tensor) -> Tensor:
-        real_and_imaginary = nn.functional.pad(x, (0, 0, 0, 0, 0, 2 - x.shape[1]))
-        return self.spectrum(real_and_imaginary)[..., self.columns].movedim(1, -1).contiguous()
+        return self.spectrum(x)[:, :, self.columns].contiguous()
 
 
 class MRI(LinearTask):

@@ -361,7 +361,7 @@ def test_fourier_sensing_is_numpys(shape, generator):
     problem = CompressedSensing(shape, "fourier", 0.4, seed=3)
     x = randn(generator, 2, *shape)
     chosen = problem.operator.frequencies.numpy()
-    spectrum = np.fft.fft2(x.numpy(), norm="ortho").reshape(*x.shape[:2], -1)[..., chosen]
+    spectrum = np.fft.fft2(np.fft.ifftshift(x.numpy(), (-2, -1)), norm="ortho").reshape(*x.shape[:2], -1)[..., chosen]
     y = problem(x)
     np.testing.assert_allclose(y[..., 0], spectrum.real, atol=1e-12)
     np.testing.assert_allclose(y[..., 1], spectrum.imag, atol=1e-12)
