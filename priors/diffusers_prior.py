@@ -25,6 +25,7 @@ from rtb_inverse.denoiser_error import DenoiserError
 from rtb_inverse.schedules import Schedule, schedule_from_config
 
 MODELS = {"UNet2DModel": UNet2DModel, "UNet1DModel": UNet1DModel}
+AUTOENCODER_FOLDERS = ("vae", "vqvae")
 
 
 class DiffusersPrior(Prior):
@@ -40,6 +41,7 @@ class DiffusersPrior(Prior):
         eta, variance, min_std: see `rtb_inverse.chains.Prior`.
     """
 
+    latent = False  # whether its folder holds an autoencoder
     network: UNet2DModel | UNet1DModel
     error: DenoiserError | None
     draws: Tensor | None
@@ -93,6 +95,10 @@ class DiffusersPrior(Prior):
     @classmethod
     def _read(cls, folder: Path) -> dict[str, Any]:
         """The constructor's arguments, from a folder."""
+        if not cls.latent and (held := [name for name in AUTOENCODER_FOLDERS if (folder / name).is_dir()]):
+            raise ValueError(
+                f"folder_or_hub_id: {folder} holds an autoencoder, {held[0]}/, and its latents are no images: LatentPrior reads it"
+            )
         network_folder = folder / "unet" if (folder / "unet").is_dir() else folder
         scheduler_folder = folder / "scheduler" if (folder / "scheduler").is_dir() else folder
         config_file = scheduler_folder / "scheduler_config.json"

@@ -12,12 +12,11 @@ from diffusers import AutoencoderKL, VQModel
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from priors.diffusers_prior import DiffusersPrior
+from priors.diffusers_prior import AUTOENCODER_FOLDERS, DiffusersPrior
 from rtb_inverse.checkpoints import load_model, read_json
 from rtb_inverse.checks import check_count, check_positive, check_tensor
 
 AUTOENCODERS = {"AutoencoderKL": AutoencoderKL, "VQModel": VQModel}
-FOLDERS = ("vae", "vqvae")
 
 
 class LatentPrior(DiffusersPrior):
@@ -33,6 +32,8 @@ class LatentPrior(DiffusersPrior):
         TypeError: another autoencoder. ValueError: one without scaling factor, or of other latents than the network's.
     """
 
+    latent = True
+
     def __init__(
         self, network: nn.Module, schedule, autoencoder: nn.Module, steps: int = 20, *, scaling_factor: float | None = None,
         chunk_size: int = 64, **options,
@@ -42,7 +43,7 @@ class LatentPrior(DiffusersPrior):
             raise TypeError(f"autoencoder must be an AutoencoderKL or a VQModel, got {type(autoencoder).__name__}")
         config: Any = autoencoder.config
         scale = getattr(config, "scaling_factor", None) if scaling_factor is None else scaling_factor
-        if scale is None:
+        if scale is None or (scaling_factor is None and "scaling_factor" in config.get("_use_default_values", ())):
             raise ValueError("scaling_factor must be given, got None: the autoencoder's config has none (0.18215 is Stable Diffusion 1's)")
         if config.latent_channels != self.shape[0]:
             raise ValueError(f"autoencoder must have the network's {self.shape[0]} latent channels, got {config.latent_channels}")
@@ -61,7 +62,7 @@ class LatentPrior(DiffusersPrior):
 
     @classmethod
     def _read(cls, folder: Path) -> dict[str, Any]:
-        found = [folder / name for name in FOLDERS if (folder / name).is_dir()]
+        found = [folder / name for name in AUTOENCODER_FOLDERS if (folder / name).is_dir()]
         if not found:
             raise FileNotFoundError(f"folder_or_hub_id: {folder} holds no autoencoder, expected a folder vae/ or vqvae/ beside unet/")
         autoencoder: Any = load_model(found[0], AUTOENCODERS)
@@ -90,4 +91,4 @@ class LatentPrior(DiffusersPrior):
         super().save_pretrained(folder)
         autoencoder: Any = self.autoencoder
         autoencoder.register_to_config(scaling_factor=self.scaling_factor)
-        autoencoder.save_pretrained(Path(folder) / FOLDERS[isinstance(autoencoder, VQModel)])
+        autoencoder.save_pretrained(Path(folder) / AUTOENCODER_FOLDERS[isinstance(autoencoder, VQModel)])

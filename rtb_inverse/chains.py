@@ -181,11 +181,16 @@ class Prior(Chain):
 
     @property
     def differentiable(self) -> bool:
-        """Whether `decode` has a gradient."""
+        """Whether `decode` has a gradient, which is not 0 everywhere (as that of a rounded image)."""
         if not self.decodes:
             return True
+        x_0 = torch.randn((3, *self.shape), generator=torch.Generator().manual_seed(0)).to(**self._options()).requires_grad_()
         with torch.enable_grad():
-            return self.decode(torch.zeros((1, *self.shape), **self._options()).requires_grad_()).requires_grad
+            try:
+                x = self.decode(x_0)
+            except RuntimeError:  # one by way of numpy, in most cases
+                return False
+            return x.requires_grad and bool(torch.autograd.grad(x.square().sum() + x.sum(), x_0)[0].any())
 
     @property
     def data_shape(self) -> torch.Size:

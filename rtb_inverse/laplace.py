@@ -123,8 +123,8 @@ class LaplaceGuidance(Guide):
 
 
 def laplace_guidance(problem: InverseProblem, prior: Prior, beta: float) -> LaplaceGuidance | None:
-    """Where the prior is white, the problem smooth, and J small; else None."""
-    if not prior.white or not problem.whitens or not problem.differentiable:
+    """Where the prior is white, the problem and what it decodes smooth, and J small; else None."""
+    if not prior.white or not problem.whitens or not problem.differentiable or not prior.differentiable:
         return None
     if prior.shape.numel() * problem.y_shape.numel() > LIMIT:
         return None

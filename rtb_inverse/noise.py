@@ -64,11 +64,13 @@ class Noise(nn.Module):
         support: what y has to be, in words.
         domain: what `clean` has to be, in words.
         shared: parameters that are not one number per element of y.
+        whole: whether y holds whole numbers.
     """
 
     support: ClassVar[str] = "finite"
     domain: ClassVar[str] = "finite"
     shared: ClassVar[tuple[str, ...]] = ()
+    whole: ClassVar[bool] = False
 
     def given(self, clean: Tensor) -> Distribution:
         """p(y | a) of each element of `clean`; it has to be finite outside of the domain too."""
@@ -214,7 +216,8 @@ class CorrelatedGaussianNoise(Noise):
     def __init__(self, covariance: Tensor):
         super().__init__()
         if not isinstance(covariance, Tensor) or not covariance.is_floating_point():
-            raise TypeError(f"covariance must be a floating-point tensor, got {covariance!r}")
+            was = f"{covariance.dtype} of shape {tuple(covariance.shape)}" if isinstance(covariance, Tensor) else repr(covariance)
+            raise TypeError(f"covariance must be a floating-point tensor, got {was}")
         self.event_dim = covariance.ndim // 2
         self.event_shape = covariance.shape[: self.event_dim]
         if covariance.shape != (*self.event_shape, *self.event_shape) or not covariance.ndim:
@@ -372,7 +375,7 @@ class PoissonNoise(RateNoise):
         background: >= 0, likewise: the mean count where A(x) = 0 (dark counts). A(x) is to be at least -background / gain.
     """
 
-    support = "counts, 0, 1, 2, ...,"
+    support, whole = "counts, 0, 1, 2, ...,", True
 
     def given(self, clean) -> Distribution:
         return Poisson(above_zero(self.rate(clean)), validate_args=False)
@@ -446,7 +449,7 @@ class PoissonGaussianNoise(RateNoise):
 class BernoulliNoise(Noise):
     """y is 1 with probability 1 / (1 + exp(-A(x))), else 0: A(x) is a logit. (`torch.logit` makes one of a probability.)"""
 
-    support = "0 or 1"
+    support, whole = "0 or 1", True
 
     def given(self, clean):
         return Bernoulli(logits=clean, validate_args=False)
@@ -469,7 +472,7 @@ class QuantisedNoise(Noise):
     `mean` and `variance` are those of y, so in bins; where std is far below a bin's width, the mean is a staircase and guides little.
     """
 
-    support = "the number of a bin, 0, 1, ... to the number of edges,"
+    support, whole = "the number of a bin, 0, 1, ... to the number of edges,", True
     shared = ("edges",)
     std: Tensor
     edges: Tensor

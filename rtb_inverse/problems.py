@@ -13,6 +13,8 @@ from rtb_inverse.noise import GaussianNoise, Noise, noise_from_config
 from rtb_inverse.particles import check_below_infinity
 
 BEYOND = 10  # standard deviations of Gaussian noise, beyond which a y is a mistake (of its units, say)
+FAR = 30  # times what draws of the prior give and noise adds: beyond, y may be in other units
+WHOLE = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 TRIED = 3  # x that an operator is tried on
 POINTS = 8  # where the Jacobian of an operator that is not affine is taken, for `condition`
 
@@ -78,6 +80,7 @@ class InverseProblem(nn.Module):
         self.differentiable, self.tried_in = True, torch.get_default_dtype()
         self.shape: torch.Size | None = None
         self.y_shape: torch.Size | None = None
+        self._reach: float | None = None  # of what the operator makes of draws of the prior, once known
         self._units: tuple[float, float] | None = None  # shift and scale of what `condition` shows, once known
         if isinstance(operator, Tensor) and isinstance(noise, Noise) and noise.config is not None:
             self.config = {"noise": noise.config}
@@ -111,6 +114,9 @@ class InverseProblem(nn.Module):
             was, self.linear = self.linear, None
             self._probe(shape, x)
             self.linear = was and self.linear
+        if x is not None and isinstance(self.noise, GaussianNoise):
+            with torch.no_grad():
+                self._reach = float(self.operator(x.to(self.noise.std.device)).abs().max())
         return self
 
     def _probe(self, shape: torch.Size, examples: Tensor | None = None) -> None:
@@ -176,8 +182,14 @@ class InverseProblem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """A(x), without noise: (*batch, *shape) to (*batch, *y_shape)."""
+        if x.is_complex():
+            raise TypeError(f"x must be real, got {x.dtype}; images of two channels hold real and imaginary parts")
         if self.shape is None:
-            return self.operator(x)
+            clean = self.operator(x)
+            if not isinstance(clean, Tensor) or not clean.ndim or len(clean) != len(x):
+                was = tuple(clean.shape) if isinstance(clean, Tensor) else type(clean).__name__
+                raise ValueError(f"{self._called} must map a batch (M, *shape) to a batch (M, *y_shape): on {tuple(x.shape)} it gave {was}")
+            return clean
         batch = x.shape[: max(0, x.ndim - len(self.shape))]
         if x.shape[len(batch) :] != self.shape:
             raise ValueError(f"x must have shape (*batch, {', '.join(map(str, self.shape))}), got {tuple(x.shape)}")
@@ -215,9 +227,19 @@ class InverseProblem(nn.Module):
         return isinstance(self.noise, Noise) or type(self).residual is not InverseProblem.residual
 
     def check_y(self, y: Tensor) -> Tensor:
-        """y if it is a finite, floating-point batch (B, *y_shape) that operator and noise model can give; one clear error otherwise."""
+        """y if it is a finite batch (B, *y_shape) that operator and noise model can give, floating-point, or whole numbers where it is to
+        be whole; one clear error otherwise, and a warning where y is far beyond what the operator makes of draws of the prior."""
+        if isinstance(self.noise, Noise) and self.noise.whole and isinstance(y, Tensor) and y.dtype in WHOLE:
+            y = y.to(torch.get_default_dtype())
         y = check_tensor("y", y, self.y_shape)
-        return self._check_range(self.noise.check(y)) if isinstance(self.noise, Noise) else y
+        if not isinstance(self.noise, Noise):
+            return y
+        y = self._check_range(self.noise.check(y))
+        if isinstance(self.noise, GaussianNoise) and self._reach is not None:
+            furthest, usual = float(y.abs().max()), self._reach + BEYOND * float(self.noise.std.max())
+            if furthest > FAR * usual:
+                warnings.warn(f"y is up to {furthest:.3g}, draws of the prior give up to {usual:.3g}: is y in their units?", stacklevel=3)
+        return y
 
     def _check_range(self, y: Tensor, level: Tensor | float = 1.0) -> Tensor:
         """y if it lies no more than `BEYOND` standard deviations, `level` times those of the noise, outside of `y_range`."""

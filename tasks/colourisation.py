@@ -1,5 +1,7 @@
 """Colourisation: an image of three colours is seen in grey."""
 
+from functools import partial
+
 from tasks.linear import LinearTask, Physics, image_shape
 
 LUMA = (0.299, 0.587, 0.114)  # weights of red, green and blue in ITU-R BT.601
@@ -20,7 +22,7 @@ class Colourisation(LinearTask):
         from deepinv.physics import Decolorize
 
         shape = image_shape(shape, channels=(3,))
-        super().__init__(Physics(Decolorize(srf=LUMA), shape), shape, noise_std)
+        super().__init__(Physics(partial(Decolorize, srf=LUMA), shape), shape, noise_std)
 
     def condition(self, y):
         """The grey image itself, (B, 1, H, W)."""

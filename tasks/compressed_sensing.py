@@ -58,7 +58,7 @@ def random_matrix(shape: torch.Size, m: int, generator: Generator) -> Tensor:
     """deepinv's, (m, d). It makes the pseudo-inverse too: a quarter of a second at 32 x 32, 20 at 64 x 64."""
     from deepinv.physics import CompressedSensing
 
-    pixels = torch.eye(shape.numel()).reshape(-1, *shape)
+    pixels = torch.eye(shape.numel(), dtype=torch.float32).reshape(-1, *shape)
     return CompressedSensing(m, shape, rng=generator).A(pixels).T.contiguous()
 
 

@@ -1,9 +1,11 @@
 """Deblurring: y is the convolution of x with a known kernel. The kernels are functions here, (size, size), of sum 1, for others to use."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from rtb_inverse.checks import check_choice, check_count, check_finite, check_positive, seeded
+from rtb_inverse.checks import check_choice, check_count, check_finite, check_number, check_positive, seeded
 from tasks.linear import LinearTask, Physics, image_shape
 
 KERNELS = ("gaussian", "anisotropic", "motion")
@@ -30,7 +32,7 @@ def anisotropic_kernel(size: int, std: tuple[float, float] = (3.0, 1.0), angle: 
     if not isinstance(std, (tuple, list)) or len(std) != 2:
         raise ValueError(f"std must be a pair (along, across) for an anisotropic kernel, got {std!r}")
     along, across = (check_positive("std", s) for s in std)
-    kernel = gaussian_blur((odd_size(size),) * 2, (across, along), float(angle), dtype=torch.float64)[0, 0]
+    kernel = gaussian_blur((odd_size(size),) * 2, (across, along), check_number("angle", angle), dtype=torch.float64)[0, 0]
     return kernel.div(kernel.sum()).float()
 
 
@@ -63,7 +65,7 @@ def convolution(kernel: Tensor, boundary: str, shape: torch.Size) -> Physics:
     """Of every channel with one kernel (h, w): (M, C, H, W) to itself, or smaller by h - 1 and w - 1 where "valid"."""
     from deepinv.physics import Blur
 
-    return Physics(Blur(kernel[None, None], padding=boundary), shape, KEPT, kernel=kernel)
+    return Physics(partial(Blur, kernel[None, None], padding=boundary), shape, KEPT, kernel=kernel)
 
 
 class Deblurring(LinearTask):

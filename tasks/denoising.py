@@ -20,7 +20,7 @@ class Denoising(LinearTask):
         from deepinv.physics import Denoising as Identity
 
         shape = image_shape(shape)
-        super().__init__(Physics(Identity(), shape), shape, noise_std)
+        super().__init__(Physics(Identity, shape), shape, noise_std)
         self.register_buffer("mask", torch.ones(shape, dtype=torch.bool))  # every element is seen: the update by y is exact one by one
 
     def condition(self, y):

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rtb_inverse.checks import check_number, one_number, seeded
+from rtb_inverse.checks import check_count, check_number, one_number, seeded
 from rtb_inverse.problems import GaussianNoise, InverseProblem
 
 MASKS = ("box", "half", "random", "scratches")
@@ -45,10 +45,10 @@ def draw_scratches(seen: Tensor, count: int, generator: torch.Generator) -> None
     """Set `count` positions of an image (H, W) to False along random strokes: quadratic Bézier curves whose ends and bend lie at most about
     half an image apart."""
     size = torch.tensor(seen.shape)
-    curve = torch.linspace(0, 1, 4 * int(size.max()))[:, None]
+    curve = torch.linspace(0, 1, 4 * int(size.max()), dtype=torch.float32)[:, None]
     while (hidden := int((~seen).sum())) < count:
-        start = torch.rand(2, generator=generator)
-        bend, end = start + 0.8 * (torch.rand((2, 2), generator=generator) - 0.5)
+        start, *ends = torch.rand((3, 2), generator=generator, dtype=torch.float32)
+        bend, end = (start + 0.8 * (point - 0.5) for point in ends)
         stroke = ((1 - curve) ** 2 * start + 2 * curve * (1 - curve) * bend + curve**2 * end) * size
         for i, j in stroke.floor().long().tolist():
             if 0 <= i < size[0] and 0 <= j < size[1] and seen[i, j] and hidden < count:
@@ -98,7 +98,9 @@ class Inpainting(InverseProblem):
     """
 
     def __init__(self, shape, mask="box", noise_std: float = 0.1, hidden: float = 0.5, seed: int = 0):
-        shape = torch.Size(shape)
+        if not isinstance(shape, (tuple, list)):
+            raise ValueError(f"shape must be that of x, (d,) or (C, H, W), got {shape!r}")
+        shape = torch.Size(check_count("sizes in shape", size) for size in shape)
         check_number("hidden", hidden, 0, 1)
         seen = make_mask(mask, shape, hidden, seed) if isinstance(mask, str) and mask in MASKS else read_mask(mask, shape)
         if not seen.any():

@@ -147,6 +147,9 @@ class Lensing(LinearTask):
         PB, theta = detector(m, s, image_fov, psf_fwhm)
         A = sparse.kron(PB, PB, format="csr") @ interpolation(shoot(theta, **lens), n, source_fov)
         A.sort_indices()
+        if not A.count_nonzero():
+            views = f"source_fov {source_fov:g} and image_fov {image_fov:g}"
+            raise ValueError(f"lens must show some of the source, within {views}, got {lens!r}")
 
         sky = check_number("sky", sky)
         super().__init__(

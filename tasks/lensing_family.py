@@ -19,6 +19,11 @@ AT_ONCE = 2**23  # rays that are followed together
 FAINT = 0.05  # of the largest A_v^T 1: a pixel of the source of which less light arrives is hardly seen
 
 
+def check_order(name: str, low: float, high: float) -> None:
+    if low >= high:
+        raise ValueError(f"{name} must be a range (low, high) with low below high, got {(low, high)!r}")
+
+
 class LensRange(nn.Module):
     """v, uniform between low and high, (5,) each."""
 
@@ -28,8 +33,7 @@ class LensRange(nn.Module):
     def __init__(self, ranges: dict[str, tuple[float, float]]):
         super().__init__()
         for name, (low, high) in ranges.items():
-            if low >= high:
-                raise ValueError(f"{name} must be a range (low, high) with low below high, got {(low, high)!r}")
+            check_order(name, low, high)
         self.names = list(ranges)
         self.register_buffer("low", torch.tensor([low for low, _ in ranges.values()], dtype=torch.float64))
         self.register_buffer("high", torch.tensor([high for _, high in ranges.values()], dtype=torch.float64))
@@ -74,6 +78,7 @@ class LensingFamily(InverseProblem):
         for name, low, high in (("einstein_radius", 0.0, math.inf), ("axis_ratio", 0.0, 1.0), ("shear", -0.7, 0.7)):
             if not low < ranges[name][0] or ranges[name][1] > high:
                 raise ValueError(f"{name} must be a range within ({low:g}, {high:g}], got {ranges[name]!r}")
+            check_order(name, *ranges[name])
         named = {**ranges, "g_1": ranges["shear"], "g_2": ranges["shear"]}
         super().__init__(problem, LensRange({name: value for name, value in named.items() if name != "shear"}), problem.shape)
         self.config = {"problem": problem.config, **ranges}

@@ -8,6 +8,7 @@ posterior; deepinv is loaded where it is needed. (Any other physics of deepinv m
 """
 
 import math
+from collections.abc import Callable
 from numbers import Real
 from typing import Any
 
@@ -44,27 +45,41 @@ class Physics(nn.Module):
     the hundred, cost as much as itself.
 
     Args:
-        physics: rebuilt from the arguments of a task, and not saved.
+        make: makes the physics, which cannot be pickled and is not saved.
         shape: of x, (C, H, W). kept: elements of a matrix up to which it is kept.
         saved: what has to be saved of the physics, in buffers of these names.
     """
 
     physics: Any
+    here: Tensor
     matrix: Tensor | None  # (m, d), float64
 
-    def __init__(self, physics: nn.Module, shape: torch.Size, kept: int = 0, **saved: Tensor):
+    def __init__(self, make: Callable[[], nn.Module], shape: torch.Size, kept: int = 0, **saved: Tensor):
         super().__init__()
-        for part in physics.modules():
-            for name, buffer in part.named_buffers(recurse=False):
-                part.register_buffer(name, buffer, persistent=False)
-        self.physics = physics
+        self.make = make
+        self.register_buffer("here", torch.zeros(0), persistent=False)  # on the device of all
         self.register_buffer("matrix", None, persistent=False)
         for name, buffer in saved.items():
             self.register_buffer(name, buffer)
+        self._hold()
         self.y_shape, d = self(torch.zeros((1, *shape), dtype=torch.float64)).shape[1:], shape.numel()
         if d * self.y_shape.numel() <= kept:
             pixels = torch.eye(d, dtype=torch.float64).reshape(-1, *shape)
             self.matrix = torch.cat([self(some).flatten(1) for some in pixels.split(AT_ONCE)]).T.contiguous()
+
+    def _hold(self) -> None:
+        physics = self.make()
+        for part in physics.modules():
+            for name, buffer in part.named_buffers(recurse=False):
+                part.register_buffer(name, buffer, persistent=False)
+        self.physics = physics.to(self.here.device)
+
+    def __getstate__(self):
+        return self.__dict__ | {"_modules": {}}
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self._hold()
 
     def forward(self, x: Tensor) -> Tensor:
         if self.matrix is not None:

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from functools import partial
 from numbers import Real
 
 import torch
@@ -29,7 +30,7 @@ class Spectrum(nn.Module):
         from deepinv.physics import MRI
 
         super().__init__()
-        self.transform = Physics(MRI(img_size=(H, W)), torch.Size((2, H, W)))
+        self.transform = Physics(partial(MRI, img_size=(H, W)), torch.Size((2, H, W)))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.transform(nn.functional.pad(x, (0, 0, 0, 0, 0, 2 - x.shape[1]))).movedim(1, -1)

@@ -7,6 +7,7 @@ itself, its variance adds to std^2.
 """
 
 import math
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +15,13 @@ from torch import Tensor, nn
 from rtb_inverse.checks import check_count, check_tensor, one_number
 from rtb_inverse.noise import QuantisedNoise
 from rtb_inverse.noise_distributions import QuantisedNormal
-from rtb_inverse.problems import InverseProblem
-
-INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+from rtb_inverse.problems import WHOLE, InverseProblem
 
 
 def check_limits(limits) -> tuple[float, float]:
     """(low, high) as floats, if low < high are finite; raise ValueError otherwise."""
-    if not isinstance(limits, (tuple, list)) or len(limits) != 2 or not -math.inf < limits[0] < limits[1] < math.inf:
+    pair = isinstance(limits, (tuple, list)) and len(limits) == 2 and all(isinstance(limit, Real) for limit in limits)
+    if not pair or not -math.inf < limits[0] < limits[1] < math.inf:
         raise ValueError(f"limits must be two finite numbers low < high, got {limits!r}")
     return float(limits[0]), float(limits[1])
 
@@ -61,7 +61,8 @@ class Quantisation(InverseProblem):
 
     def check_y(self, y):
         """y if it is a batch (B, *shape) of bins 0, 1, ..., 2^bits - 1, as integers or floats: as floats."""
-        y = check_tensor("y", y.float() if isinstance(y, Tensor) and y.dtype in INTEGERS else y, self.y_shape)
+        y = y.to(torch.get_default_dtype()) if isinstance(y, Tensor) and y.dtype in WHOLE else y
+        y = check_tensor("y", y, self.y_shape)
         wrong = (y != y.round()) | (y < 0) | (y >= self.levels)
         if wrong.any():
             raise ValueError(f"y must hold bins 0, 1, ..., {self.levels - 1}, got {float(y[wrong][0]):g}")

@@ -149,9 +149,8 @@ class InverseScattering(InverseProblem):
             "noise_std": float(noise_std), "solver": solver,
         }  # fmt: skip
         k = 2 * math.pi * wavelengths
-        self.waves = (
-            [deepinv_waves(n, wavelengths, on_circle(T), RADIUS * on_circle(R))] if solver == "deepinv" else []
-        )  # no part of the state
+        self.waves: list = []  # deepinv's physics, no part of the state
+        self._hold()
         g, G, pixels = scattering_matrices(n, k, RADIUS * on_circle(R))
         v = torch.exp(1j * k * (pixels @ on_circle(T).T))
         for name, value in {"g": g, "G": G, "v": v}.items():
@@ -160,6 +159,19 @@ class InverseScattering(InverseProblem):
         born = torch.view_as_real(born).movedim(-1, 1).flatten(0, 2)  # of f, real, (2 T R, n n)
         self.step = float(born.square().sum() / (born.T @ born).square().sum())
         self.bind(shape)
+
+    def __getstate__(self):  # deepinv's physics cannot be pickled
+        return self.__dict__ | {"waves": []}
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self._hold()
+
+    def _hold(self) -> None:
+        of = self.config
+        T, R = of["transmitters"], of["receivers"]
+        if of["solver"] == "deepinv":
+            self.waves = [deepinv_waves(of["shape"][-1], of["wavelengths"], on_circle(T), RADIUS * on_circle(R))]
 
     def matrices(self, x: Tensor) -> list[Tensor]:
         """g (n n, n n), G (R, n n) and v (n n, T), complex, as exact as x."""

@@ -1,5 +1,7 @@
 """Super-resolution: a small image, every pixel of which is a weighted mean of the large one."""
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -48,7 +50,7 @@ def matlabs(shape, factor: int) -> Physics:
 
     if 2 * factor > min(shape[1:]):
         raise ValueError(f"factor must be at most half of the sides of x, {shape[1]} and {shape[2]}, for method 'matlab', got {factor}")
-    return Physics(DownsamplingMatlab(factor), shape, DENSE_LIMIT)
+    return Physics(partial(DownsamplingMatlab, factor), shape, DENSE_LIMIT)
 
 
 class SuperResolution(LinearTask):

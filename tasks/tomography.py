@@ -3,11 +3,12 @@ as deepinv has it.
 """
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from rtb_inverse.checks import check_count
+from rtb_inverse.checks import check_count, check_number
 from rtb_inverse.guidance import DENSE_LIMIT
 from tasks.linear import LinearTask, Physics, check_ratio, image_shape
 
@@ -31,8 +32,8 @@ class Projection(nn.Module):
         super().__init__()
         degrees = torch.arange(check_count("angles", angles)) * (check_ratio("arc", arc, 180) / angles)
         self.n, self.arc, self.air = n, arc, air
-        physics = Tomography(degrees, n, normalize=False, dtype=torch.float64, device="cpu")
-        self.rays = Physics(physics, torch.Size((1, n, n)), DENSE_LIMIT)
+        make = partial(Tomography, degrees, n, normalize=False, dtype=torch.float64, device="cpu")
+        self.rays = Physics(make, torch.Size((1, n, n)), DENSE_LIMIT)
         self.register_buffer("degrees", degrees)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -67,7 +68,7 @@ class Tomography(LinearTask):
 
     def __init__(self, shape, angles: int = 15, arc: float = 180.0, noise_std: float = 0.02, air: float = -1.0):
         shape = image_shape(shape, square=True)
-        projection = Projection(shape[-1], angles, arc, float(air))
+        projection = Projection(shape[-1], angles, arc, check_number("air", air))
         super().__init__(projection, shape, noise_std, angles=angles, arc=float(arc), air=float(air))
 
     def condition(self, y):

@@ -44,8 +44,8 @@ def law_of(which: str, own: GaussianStep, prior: Prior, problem: InverseProblem,
     guide = None if y is None else laplace_guidance(problem, prior, 1.0)
     if guide is None:
         raise ValueError(
-            "law='laplace' needs a prior x_0 ~ N(0, I), such as GeneratorPrior, and an observation of few elements by a differentiable "
-            "operator and a noise model of rtb_inverse.noise; expected law='prior' here"
+            "law='laplace' needs a prior x_0 ~ N(0, I), such as GeneratorPrior, of differentiable decode, and an observation of few "
+            "elements by a differentiable operator and a noise model of rtb_inverse.noise; expected law='prior' here"
         )
     return guide.law(y, WIDER)
 

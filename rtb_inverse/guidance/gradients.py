@@ -23,6 +23,9 @@ class GradientGuidance(Guide):
     Where m is not affine or C not fixed, delta is clipped softly to a root mean square of `clip` times the denoiser's error, and m is
     linearised `rounds` times, each time where the last delta led (Gauss-Newton: J, m and C at x0hat + delta, and J delta added to y - m).
 
+    All this in float64 where operator, noise and decoder take it: rounding grows with the condition of the system, r^2 |J|^2 / C, and
+    float32 would leave delta, and so the density, to what else is in the batch.
+
     What y leaves of the variance differs from state to state; `learn` says what it leaves on average.
 
     Args:
@@ -40,6 +43,7 @@ class GradientGuidance(Guide):
         super().__init__()
         self.covariance, self._decode, self._residual = covariance, decode, problem.residual
         self._roots: dict[float, Tensor] = {}
+        self._wide: bool | None = None  # whether float64 is taken, once it is known
         self.iterations, self.clip, self.rounds = iterations, clip, rounds
         self.event_dim = len(problem.shape) if event_dim is None else event_dim
         for name in ("basis", "seen", "weight"):
@@ -96,8 +100,18 @@ class GradientGuidance(Guide):
 
         return (lambda u: product(u, matrices)), (lambda v: product(v, [matrix.T for matrix in matrices]))
 
+    def takes_double(self, x: Tensor, y: Tensor) -> bool:
+        """Whether the misfit of float64 is float64, tried once."""
+        if self._wide is None:
+            try:
+                self._wide = self.misfit(x.double(), y.double()).dtype == torch.float64
+            except (RuntimeError, TypeError, ValueError):  # a network of float32, in most cases
+                self._wide = False
+        return self._wide
+
     def forward(self, x_0, y, error, at=None):
-        shape, left = x_0.shape, self.shrink(error)
+        shape, dtype, left = x_0.shape, x_0.dtype, self.shrink(error)
+        x_0, y = (v.double() if self.takes_double(x_0, y) else v for v in (x_0, y))
         batch, event = shape[: x_0.ndim - self.event_dim], shape[x_0.ndim - self.event_dim :]
         at = None if at is None else at.expand(batch).reshape(-1)
         x, delta = x_0.reshape(-1, *event), None
@@ -122,9 +136,9 @@ class GradientGuidance(Guide):
 
         def slope():
             value, pull = torch.func.vjp(misfit, x + delta)  # type: ignore[misc]  # three only with has_aux
-            return pull(-value)[0].reshape(shape)
+            return pull(-value)[0].reshape(shape).to(dtype)
 
-        return Update(delta.reshape(shape), left, None if left is None else self.basis.to(x_0.dtype), slope=slope)
+        return Update(delta.reshape(shape).to(dtype), left, None if left is None else self.basis.to(dtype), slope=slope)
 
 
 def jacobian(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
