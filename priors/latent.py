@@ -42,11 +42,11 @@ class LatentPrior(DiffusersPrior):
         if not isinstance(autoencoder, tuple(AUTOENCODERS.values())):
             raise TypeError(f"autoencoder must be an AutoencoderKL or a VQModel, got {type(autoencoder).__name__}")
         config: Any = autoencoder.config
+        if config.latent_channels != self.shape[0]:
+            raise ValueError(f"autoencoder must have the network's {self.shape[0]} latent channels, got {config.latent_channels}")
         scale = getattr(config, "scaling_factor", None) if scaling_factor is None else scaling_factor
         if scale is None or (scaling_factor is None and "scaling_factor" in config.get("_use_default_values", ())):
             raise ValueError("scaling_factor must be given, got None: the autoencoder's config has none (0.18215 is Stable Diffusion 1's)")
-        if config.latent_channels != self.shape[0]:
-            raise ValueError(f"autoencoder must have the network's {self.shape[0]} latent channels, got {config.latent_channels}")
         self.scaling_factor, self.chunk_size = check_positive("scaling_factor", scale), check_count("chunk_size", chunk_size)
         self.shift_factor = getattr(config, "shift_factor", None) or 0.0
         self.autoencoder = autoencoder.requires_grad_(False).eval()

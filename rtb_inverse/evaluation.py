@@ -288,12 +288,18 @@ def evaluate(
 
 
 def _observed(posterior: Posterior, y: Tensor | None) -> Tensor | None:
-    """What was observed, as images: through `problem.image` where it has one (inpainting), else the first channels of `condition`."""
+    """y as images: by the problem's own `picture` or `image` where it has one, itself where it is one, else the first channels of
+    `condition`, what the network sees of it."""
     shape, problem = posterior.prior.data_shape, posterior.problem
     if len(shape) != 3 or y is None:
         return None
-    image = getattr(problem, "image", None)
-    seen = problem.condition(y) if image is None else image(y, fill=float("nan"))
+    own, image = getattr(problem, "picture", None), getattr(problem, "image", None)
+    if own is not None:
+        seen = own(y)
+    elif image is not None:
+        seen = image(y, fill=float("nan"))
+    else:
+        seen = y if y.ndim == 4 else problem.condition(y)
     return seen[:, : shape[0]] if seen.ndim == 4 else None
 
 

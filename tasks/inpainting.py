@@ -90,7 +90,7 @@ class Inpainting(InverseProblem):
     Args:
         shape: of x.
         mask: "box", "half", "random", "scratches" (see `make_mask`), or a mask of your own, True where x is seen (see `read_mask`).
-        noise_std: standard deviation of the noise, > 0, in the units of x.
+        noise_std: standard deviation of the noise, > 0, in the units of x (whose range is the prior's own, usually [-1, 1]).
         hidden, seed: of the random mask and the scratches.
 
     Raises:

@@ -32,7 +32,8 @@ class Quantisation(InverseProblem):
     Args:
         shape: of x.
         bits: 1 to 16.
-        noise_std: standard deviation of the noise before the quantiser, > 0, in the units of x.
+        noise_std: standard deviation of the noise before the quantiser, > 0, in the units of x (whose range is the prior's own, usually
+            [-1, 1]).
         limits: low < high, where the bins of equal width begin and end; what lies beyond falls into the outer ones.
 
     Raises:

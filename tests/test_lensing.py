@@ -339,7 +339,7 @@ def test_a_family_is_trained_saved_and_judged(unet2d_prior, tmp_path, generator)
     (lambda: LensingFamily(SHAPE), TypeError, "problem must be a Lensing, got tuple"),
     (lambda: LensingFamily(lensing(), einstein_radius=(0.0, 1.0)), ValueError, r"einstein_radius must be a range within \(0, inf\]"),
     (lambda: LensingFamily(lensing(), axis_ratio=(0.5, 1.1)), ValueError, r"axis_ratio must be a range within \(0, 1\], got \(0.5, 1.1\)"),
-    (lambda: LensingFamily(lensing(), shear=(0.1, 0.1)), ValueError, r"g_1 must be a range .* got \(0.1, 0.1\)"),
+    (lambda: LensingFamily(lensing(), shear=(0.1, 0.1)), ValueError, r"shear must be a range .* got \(0.1, 0.1\)"),
     (lambda: LensingFamily(lensing(), angle=1.0), ValueError, "angle must be two finite numbers, got 1.0"),
     (lambda: LensingFamily(lensing(), angle=(0, 1)).observation(torch.zeros(1, 1, 16, 16), LENSES[1]), ValueError, "its angle in .* got 2"),
     (lambda: LensingFamily(lensing()).observation(torch.zeros(1, 1, 16, 16), LENSES[0] + 1), ValueError, "its einstein_radius in .*1.85"),
