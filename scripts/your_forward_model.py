@@ -3,9 +3,9 @@
     python scripts/your_forward_model.py [--data y.npy] [--prior priors/digits] [--steps 0] [--observations 32] [--draws 64] [--seed 0]
         [--output FOLDER]
 
-Edit what is under "Yours". y (B, *y_shape) is read from --data; without, four are simulated, and shown beside their truth. With --steps the
-guided start is trained first. The report judges the posterior on other --observations, simulated from the prior: bounds of the log evidence,
-chi-squared, coverage, two tests of calibration; then, of each y, log Z by SMC. FOLDER/report.txt, your_forward_model.png, draws.npy.
+Edit what is under "Yours". y (B, *y_shape) is read from --data; without, four are simulated, and shown beside their truth. With --steps
+the guided start is trained first. The report judges the posterior on other --observations, simulated from the prior: bounds of the log
+evidence, chi-squared, coverage, two tests of calibration; then, of each y, log Z by SMC. FOLDER/report.txt, a picture, draws.npy.
 """
 
 import argparse
