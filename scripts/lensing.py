@@ -7,6 +7,7 @@ deviation and evidence, and against DPS; coverage of sources drawn from the prio
 """
 
 import argparse
+import time
 from pathlib import Path
 
 import torch
@@ -32,9 +33,9 @@ prior, problem, of = exact.prior, exact.problem, exact.problem.config
 
 x = 1.5 * (galaxies(8, generator, o.size)[6:7] + 1)
 y = problem.simulate(x, generator)
-known, posterior = exact.posterior(y), Posterior(prior, problem)
-draws, guess = importance(posterior, y, n, generator, **kind), dps(prior, problem, y, n, generator, **kind).x
-truths = prior.sample(o.observations, generator)
+known, posterior, start = exact.posterior(y), Posterior(prior, problem), time.perf_counter()
+draws, seconds = importance(posterior, y, n, generator, **kind), (time.perf_counter() - start) / n
+guess, truths = dps(prior, problem, y, n, generator, **kind).x, prior.sample(o.observations, generator)
 covered = interval_coverage(posterior.sample(problem.simulate(truths, generator), 199, generator, **kind).x, truths, 0.9)
 
 std = known.covariance.diagonal().sqrt().reshape(x.shape).float()
@@ -44,7 +45,7 @@ say(
     f"mean {off[0]:.2f} and std {wide[0]:.2f} standard errors from the exact ones (DPS {off[1]:.1f}, {wide[1]:.1f}); log evidence "
     f"{draws.log_z[0]:.3f} ± {draws.log_z_error[0]:.1g}, exact {exact.log_evidence(y)[0]:.3f}; chi² per pixel "
     f"{problem.residual(draws.x, y).square().mean():.3f} (DPS {problem.residual(guess, y).square().mean():.3f}); 90 % intervals of "
-    f"{len(covered)} sources cover {covered.mean():.3f} ± {covered.std() / len(covered) ** 0.5:.3f}; {prior.steps} evaluations a draw"
+    f"{len(covered)} sources cover {covered.mean():.3f} ± {covered.std() / len(covered) ** 0.5:.3f}; {prior.steps} evaluations and {seconds:.2g} s a draw"
 )
 
 axis = torch.linspace(-of["image_fov"], of["image_fov"], 401, dtype=torch.float64) / 2
@@ -53,8 +54,7 @@ beta = shoot(torch.cartesian_prod(axis, axis), *lens).reshape(401, 401, 2)
 (a, b), (c, d) = (torch.gradient(beta[..., k], spacing=(axis, axis)) for k in (0, 1))
 curves = plt.contour(axis, axis, (a * d - b * c).T, [0]).allsegs[0]  # where the magnification is infinite
 critical = torch.from_numpy(max(curves, key=len))
-light = {"cmap": "inferno", "vmin": 0, "vmax": float(x.max())}
-noise = {"cmap": "RdBu_r", "vmin": -4, "vmax": 4}
+light, noise = {"cmap": "inferno", "vmin": 0, "vmax": float(x.max())}, {"cmap": "RdBu_r", "vmin": -4, "vmax": 4}
 images = [x, y, draws.mean, draws.std, draws.x[0], draws.x[1], guess.mean(0), problem.residual(draws.mean, y)]
 titles = ["true source", "observed", "posterior mean", "posterior std", "draw 1", "draw 2", "mean of DPS", "residual / noise"]
 plt.style.use("dark_background")
