@@ -44,8 +44,8 @@ wide = [((z.std(0) / std - 1) * (2 * n) ** 0.5).square().mean().sqrt() for z in 
 say(
     f"mean {off[0]:.2f} and std {wide[0]:.2f} standard errors from the exact ones (DPS {off[1]:.1f}, {wide[1]:.1f}); log evidence "
     f"{draws.log_z[0]:.3f} ± {draws.log_z_error[0]:.1g}, exact {exact.log_evidence(y)[0]:.3f}; chi² per pixel "
-    f"{problem.residual(draws.x, y).square().mean():.3f} (DPS {problem.residual(guess, y).square().mean():.3f}); 90 % intervals of "
-    f"{len(covered)} sources cover {covered.mean():.3f} ± {covered.std() / len(covered) ** 0.5:.3f}; {prior.steps} evaluations and {seconds:.2g} s a draw"
+    f"{problem.residual(draws.x, y).square().mean():.3f} (DPS {problem.residual(guess, y).square().mean():.3f}); 90 % intervals cover "
+    f"{covered.mean():.3f} ± {covered.std() / len(covered) ** 0.5:.3f} of {len(covered)}; {prior.steps} evaluations, {seconds:.2g} s a draw"
 )
 
 axis = torch.linspace(-of["image_fov"], of["image_fov"], 401, dtype=torch.float64) / 2

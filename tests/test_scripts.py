@@ -36,7 +36,7 @@ def test_a_script_runs(name, tmp_path):
 
 
 def test_data_of_your_own_are_read(tmp_path):
-    np.save(tmp_path / "y.npy", np.full((2, 16), 20))
+    np.save(tmp_path / "y.npy", np.full((2, 1, 16), 20))
     command = [sys.executable, "scripts/your_forward_model.py", "--observations", "2", "--draws", "4"]
     command += ["--data", str(tmp_path / "y.npy"), "--output", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
