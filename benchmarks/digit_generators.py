@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("--observations", type=int, default=8)
     parser.add_argument("--draws", type=int, default=128, help="at most 256, half of the truth's")
     parser.add_argument("--problems", nargs="+", default=["box", "class"], choices=["box", "class"])
-    parser.add_argument("--sweeps", nargs="*", type=int, default=[80, 800], help="of re-noising, an evaluation of f each")
+    parser.add_argument("--sweeps", nargs="*", type=int, default=[40, 400], help="of re-noising, two evaluations of f each")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)
     args = parser.parse_args()
     torch.set_num_threads(1)
