@@ -2,11 +2,10 @@
 
 The classes of draws by a classifier (of the 8x8 digits a small one that is trained here in seconds), in phase retrieval also those that are
 the truth and the truth turned by half (likeness above 0.9 at the best shift). Of --look simulated observations those whose own draws are
-the least sure of their class; then --steps of training. References, as far as they agree:
+the least sure of their class; then --steps of training. References, as far as they agree (without any, our plain draws):
 
     long      a run of ours of so many draws, weighted by the exact path weights, and SMC with as many particles, each --runs times, joined
               by their evidence; 0: none
-    (neither: the first plain row)
     chains    where re-noising chains (`renoise_mcmc`, which leaves the posterior as it is) end after --sweeps, from our draws, and from
               draws of the prior, of any class: as far as the two agree they have forgotten where they began; 0: none
 

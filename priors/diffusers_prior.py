@@ -41,7 +41,6 @@ class DiffusersPrior(Prior):
         eta, variance, min_std: see `rtb_inverse.chains.Prior`.
     """
 
-    latent = False  # whether its folder holds an autoencoder
     network: UNet2DModel | UNet1DModel
     error: DenoiserError | None
     draws: Tensor | None
@@ -95,7 +94,8 @@ class DiffusersPrior(Prior):
     @classmethod
     def _read(cls, folder: Path) -> dict[str, Any]:
         """The constructor's arguments, from a folder."""
-        if not cls.latent and (held := [name for name in AUTOENCODER_FOLDERS if (folder / name).is_dir()]):
+        held = [name for name in AUTOENCODER_FOLDERS if (folder / name).is_dir()]
+        if held and cls.decode is Prior.decode:
             raise ValueError(
                 f"folder_or_hub_id: {folder} holds an autoencoder, {held[0]}/, and its latents are no images: LatentPrior reads it"
             )

@@ -32,8 +32,6 @@ class LatentPrior(DiffusersPrior):
         TypeError: another autoencoder. ValueError: one without scaling factor, or of other latents than the network's.
     """
 
-    latent = True
-
     def __init__(
         self, network: nn.Module, schedule, autoencoder: nn.Module, steps: int = 20, *, scaling_factor: float | None = None,
         chunk_size: int = 64, **options,

@@ -21,6 +21,7 @@ from rtb_inverse.distributions import GaussianStep, along, draw
 from rtb_inverse.schedules import Schedule, expand
 
 VARIANCES = ("analytic", "small", "large")
+PROBES = 8  # x_0 at which a decoder's gradient is looked for, until there is one
 
 
 class Chain(nn.Module):
@@ -101,6 +102,7 @@ class Prior(Chain):
     exact_reversal = white = False
     autocast: torch.dtype | None = None
     _data_shape: torch.Size | None = None  # once it is known
+    _differentiable: bool | None = None  # likewise
 
     def __init__(self, shape, schedule, steps, eta: float = 1.0, variance: str = "analytic", min_std: float = 0.01):
         super().__init__(shape, schedule, steps)
@@ -181,16 +183,19 @@ class Prior(Chain):
 
     @property
     def differentiable(self) -> bool:
-        """Whether `decode` has a gradient, which is not 0 everywhere (as that of a rounded image)."""
-        if not self.decodes:
-            return True
-        x_0 = torch.randn((3, *self.shape), generator=torch.Generator().manual_seed(0)).to(**self._options()).requires_grad_()
-        with torch.enable_grad():
-            try:
-                x = self.decode(x_0)
-            except RuntimeError:  # one by way of numpy, in most cases
-                return False
-            return x.requires_grad and bool(torch.autograd.grad(x.square().sum() + x.sum(), x_0)[0].any())
+        """Whether `decode` has a gradient that is not 0 at each of a few x_0 ~ N(0, I), as that of a rounded image; found once."""
+        if self._differentiable is None:
+            tried = torch.randn((PROBES, 1, *self.shape), generator=torch.Generator().manual_seed(0)).to(**self._options())
+            self._differentiable = not self.decodes or any(self._has_gradient(x_0.requires_grad_()) for x_0 in tried.unbind())
+        return self._differentiable
+
+    @torch.enable_grad()
+    def _has_gradient(self, x_0: Tensor) -> bool:
+        try:
+            x = self.decode(x_0)
+        except RuntimeError:  # one by way of numpy, in most cases
+            return False
+        return x.requires_grad and bool(torch.autograd.grad(x.square().sum() + x.sum(), x_0)[0].any())
 
     @property
     def data_shape(self) -> torch.Size:

@@ -288,18 +288,11 @@ def evaluate(
 
 
 def _observed(posterior: Posterior, y: Tensor | None) -> Tensor | None:
-    """y as images: by the problem's own `picture` or `image` where it has one, itself where it is one, else the first channels of
-    `condition`, what the network sees of it."""
-    shape, problem = posterior.prior.data_shape, posterior.problem
+    """The problem's picture of y, no more channels than x has; None where there is none."""
+    shape = posterior.prior.data_shape
     if len(shape) != 3 or y is None:
         return None
-    own, image = getattr(problem, "picture", None), getattr(problem, "image", None)
-    if own is not None:
-        seen = own(y)
-    elif image is not None:
-        seen = image(y, fill=float("nan"))
-    else:
-        seen = y if y.ndim == 4 else problem.condition(y)
+    seen = posterior.problem.picture(y)
     return seen[:, : shape[0]] if seen.ndim == 4 else None
 
 

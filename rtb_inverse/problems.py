@@ -114,7 +114,7 @@ class InverseProblem(nn.Module):
             was, self.linear = self.linear, None
             self._probe(shape, x)
             self.linear = was and self.linear
-        if x is not None and isinstance(self.noise, GaussianNoise):
+        elif x is not None and isinstance(self.noise, GaussianNoise):
             with torch.no_grad():
                 self._reach = float(self.operator(x.to(self.noise.std.device)).abs().max())
         return self
@@ -125,28 +125,36 @@ class InverseProblem(nn.Module):
         x = torch.randn((TRIED, *shape), generator=torch.Generator().manual_seed(0)) if examples is None else examples.detach().clone()
         device = next((buffer.device for buffer in self.buffers()), torch.device("cpu"))
         x, self.tried_in = x.to(device), x.dtype
-        where = f"x of shape {tuple(x.shape)}"
         with torch.enable_grad():
             x.requires_grad_()
             try:
                 clean = self.operator(x)
             except Exception as error:
-                raise ValueError(f"{self._called} failed on {where}: {type(error).__name__}: {error} ({self.tried_in})") from error
-            if not isinstance(clean, Tensor) or clean.ndim < 1 or len(clean) != len(x):
-                was = tuple(clean.shape) if isinstance(clean, Tensor) else type(clean).__name__
-                raise ValueError(f"{self._called} must map a batch (M, *shape) to a batch (M, *y_shape): on {where} it gave {was}")
+                raise ValueError(
+                    f"{self._called} failed on x of shape {tuple(x.shape)}: {type(error).__name__}: {error} ({self.tried_in})"
+                ) from error
+            self._check_batch(x, clean)
             if not clean.is_floating_point():
                 hint = "; torch.view_as_real makes one" if clean.is_complex() else ""
                 raise TypeError(f"{self._called} must return a floating-point tensor, got {clean.dtype}{hint}")
             self._check_clean(f"{self._called}'s output" + " at x ~ N(0, I)" * normal, clean)
             self.differentiable = clean.requires_grad
         x, clean = x.detach(), clean.detach()
+        self._reach = None if normal else float(clean.abs().max())
         self._check_alone(x, clean)
         if self.linear is None:
             self.linear = self._affine(x)
         if isinstance(self.noise, Noise):
             self.noise.check_shape(clean.shape[1:])
         self.y_shape = clean.shape[1:]
+
+    def _check_batch(self, x: Tensor, clean: Any) -> Tensor:
+        """`clean` if it is a tensor with the batch of x."""
+        if not isinstance(clean, Tensor) or clean.ndim < 1 or len(clean) != len(x):
+            was = tuple(clean.shape) if isinstance(clean, Tensor) else type(clean).__name__
+            on = f"x of shape {tuple(x.shape)}"
+            raise ValueError(f"{self._called} must map a batch (M, *shape) to a batch (M, *y_shape): on {on} it gave {was}")
+        return clean
 
     @torch.no_grad()
     def _affine(self, x: Tensor) -> bool:
@@ -185,11 +193,7 @@ class InverseProblem(nn.Module):
         if x.is_complex():
             raise TypeError(f"x must be real, got {x.dtype}; images of two channels hold real and imaginary parts")
         if self.shape is None:
-            clean = self.operator(x)
-            if not isinstance(clean, Tensor) or not clean.ndim or len(clean) != len(x):
-                was = tuple(clean.shape) if isinstance(clean, Tensor) else type(clean).__name__
-                raise ValueError(f"{self._called} must map a batch (M, *shape) to a batch (M, *y_shape): on {tuple(x.shape)} it gave {was}")
-            return clean
+            return self._check_batch(x, self.operator(x))
         batch = x.shape[: max(0, x.ndim - len(self.shape))]
         if x.shape[len(batch) :] != self.shape:
             raise ValueError(f"x must have shape (*batch, {', '.join(map(str, self.shape))}), got {tuple(x.shape)}")
@@ -229,9 +233,7 @@ class InverseProblem(nn.Module):
     def check_y(self, y: Tensor) -> Tensor:
         """y if it is a finite batch (B, *y_shape) that operator and noise model can give, floating-point, or whole numbers where it is to
         be whole; one clear error otherwise, and a warning where y is far beyond what the operator makes of draws of the prior."""
-        if isinstance(self.noise, Noise) and self.noise.whole and isinstance(y, Tensor) and y.dtype in WHOLE:
-            y = y.to(torch.get_default_dtype())
-        y = check_tensor("y", y, self.y_shape)
+        y = check_tensor("y", self._as_floats(y), self.y_shape)
         if not isinstance(self.noise, Noise):
             return y
         y = self._check_range(self.noise.check(y))
@@ -240,6 +242,11 @@ class InverseProblem(nn.Module):
             if furthest > FAR * usual:
                 warnings.warn(f"y is up to {furthest:.3g}, draws of the prior give up to {usual:.3g}: is y in their units?", stacklevel=3)
         return y
+
+    def _as_floats(self, y: Tensor) -> Tensor:
+        """Whole numbers as floats where the noise gives such."""
+        whole = isinstance(self.noise, Noise) and self.noise.whole and isinstance(y, Tensor) and y.dtype in WHOLE
+        return y.to(torch.get_default_dtype()) if whole else y
 
     def _check_range(self, y: Tensor, level: Tensor | float = 1.0) -> Tensor:
         """y if it lies no more than `BEYOND` standard deviations, `level` times those of the noise, outside of `y_range`."""
@@ -272,6 +279,10 @@ class InverseProblem(nn.Module):
             self._units = float(known.mean()), float(known.std(correction=0)) or 1.0
         shift, scale = self._units
         return (self._shown(y) - shift) / scale
+
+    def picture(self, y: Tensor) -> Tensor:
+        """y as images to look at, (B, 1 or 3, h, w), NaN where nothing was seen: itself where it is one, else what the network sees."""
+        return y if y.ndim == 4 and y.shape[1] in (1, 3) else self.condition(y)
 
     def at_condition_level(self, level: float) -> "InverseProblem":
         """The same problem, operator and noise shared, but for its `condition_level`."""

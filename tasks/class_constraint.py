@@ -12,6 +12,7 @@ from torch import Generator, Tensor, nn
 from rtb_inverse.checkpoints import class_path, own_class
 from rtb_inverse.checks import check_count, check_tensor
 from rtb_inverse.problems import InverseProblem, Reward
+from tasks.linear import lay_out
 
 
 class CategoricalNoise(nn.Module):
@@ -85,6 +86,10 @@ class ClassConstraint(InverseProblem):
         """The one-hot class, (B, C), on each position of x's grid: (B, C, *spatial)."""
         spatial = self.shape[1:]
         return y.reshape(*y.shape, *(1,) * len(spatial)).expand(*y.shape, *spatial)
+
+    def picture(self, y: Tensor) -> Tensor:
+        """The classes line by line."""
+        return lay_out(y)
 
     def check_y(self, y):
         """One-hot classes (B, C), or their indices 0 .. C - 1, (B,): the former."""

@@ -30,7 +30,6 @@ from tasks.diffraction import CoherentDiffraction
 from tasks.hdr import HDR
 from tasks.inpainting import Inpainting
 from tasks.lensing import Lensing
-from tasks.linear import lay_out
 from tasks.low_dose_ct import LowDoseCT
 from tasks.mri import MRI
 from tasks.navier_stokes import NavierStokes
@@ -123,7 +122,7 @@ def gallery(
     for row, (title, (problem, images)) in zip(axes, rows.items(), strict=True):
         truth = images if problem.shape[0] == images.shape[1] else tinted(images)
         y = problem.simulate(truth, Generator().manual_seed(0))
-        seen, (condition, further) = picture(problem, y), problem.condition(y).tensor_split([problem.shape[0]], 1)
+        seen, (condition, further) = problem.picture(y), problem.condition(y).tensor_split([problem.shape[0]], 1)
         known = seen[~seen.isnan()]
         low, high = (float(condition.quantile(q)) for q in (0.05, 0.95))  # a back-projection may go far beyond x
         for b in range(len(x)):
@@ -146,14 +145,6 @@ def tiled(channels: Tensor) -> Tensor:
     blank = channels.new_full((-len(channels) % columns, *channels.shape[1:]), math.nan)
     padded = nn.functional.pad(torch.cat([channels, blank]), (0, 1, 0, 1), value=math.nan)
     return torch.cat([torch.cat(list(row), 1) for row in padded.split(columns)])[None, :-1, :-1]
-
-
-def picture(problem: InverseProblem, y: Tensor) -> Tensor:
-    """y as images (B, 1 or 3, h, w), NaN where nothing was seen: by the problem's own `picture` or `image` where it has one."""
-    own, image = getattr(problem, "picture", None), getattr(problem, "image", None)
-    if own is not None:
-        return own(y)
-    return lay_out(y) if image is None else image(y, math.nan)
 
 
 def show(ax, image: Tensor, limits: tuple[float, float], aspect: str = "equal") -> None:

@@ -1,5 +1,6 @@
 """Inpainting: some elements of x are seen through noise, the others are hidden."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +128,10 @@ class Inpainting(InverseProblem):
         if len(self.shape) == 1:
             return image
         return torch.cat([image, self.mask[:1].to(image.dtype).expand(len(y), 1, *self.shape[1:])], 1)
+
+    def picture(self, y: Tensor) -> Tensor:
+        """The seen image, NaN elsewhere, (B, *shape)."""
+        return self.image(y, math.nan)
 
     def check_y(self, y):
         if isinstance(y, Tensor) and self.y_shape != self.shape and y.shape[-len(self.shape) :] == self.shape:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rtb_inverse.checks import check_count, check_tensor, one_number
 from rtb_inverse.noise import QuantisedNoise
 from rtb_inverse.noise_distributions import QuantisedNormal
-from rtb_inverse.problems import WHOLE, InverseProblem
+from rtb_inverse.problems import InverseProblem
 
 
 def check_limits(limits) -> tuple[float, float]:
@@ -62,8 +62,7 @@ class Quantisation(InverseProblem):
 
     def check_y(self, y):
         """y if it is a batch (B, *shape) of bins 0, 1, ..., 2^bits - 1, as integers or floats: as floats."""
-        y = y.to(torch.get_default_dtype()) if isinstance(y, Tensor) and y.dtype in WHOLE else y
-        y = check_tensor("y", y, self.y_shape)
+        y = check_tensor("y", self._as_floats(y), self.y_shape)
         wrong = (y != y.round()) | (y < 0) | (y >= self.levels)
         if wrong.any():
             raise ValueError(f"y must hold bins 0, 1, ..., {self.levels - 1}, got {float(y[wrong][0]):g}")

@@ -33,6 +33,7 @@ from tasks.linear import image_shape
 RADIUS = 1.0  # of the circle of receivers about the middle of the image, whose corners are at 0.71
 TOLERANCE = 1e-9  # of deepinv's iterations, which end together for all images of a batch
 AT_ONCE = 2**25  # elements of the systems that are solved together
+LARGE = 128  # unknowns beyond which a system is solved alone: of several that large, torch with threads that were set may get any wrong
 
 
 def on_circle(m: int) -> Tensor:
@@ -128,8 +129,6 @@ class InverseScattering(InverseProblem):
             pixels longer than half of a wavelength.
     """
 
-    parts: Tensor
-
     def __init__(
         self, shape, transmitters: int = 8, receivers: int = 16, contrast: float = 0.5, wavelengths: float = 2.0,
         model: str = "lippmann_schwinger", noise_std: float = 0.02, solver: str = "direct",
@@ -183,7 +182,7 @@ class InverseScattering(InverseProblem):
         if self.waves:
             return self._deepinvs(f.unflatten(1, x.shape[1:]))
         g, G, v = self.matrices(x)
-        parts = f.split(max(1, AT_ONCE // g.numel()))
+        parts = f.split(1 if len(g) > LARGE else max(1, AT_ONCE // g.numel()))
         return torch.view_as_real(torch.cat([self._field(part, g, v).mT @ G.T for part in parts]))
 
     def _deepinvs(self, f: Tensor) -> Tensor:

@@ -101,10 +101,11 @@ class GradientGuidance(Guide):
         return (lambda u: product(u, matrices)), (lambda v: product(v, [matrix.T for matrix in matrices]))
 
     def takes_double(self, x: Tensor, y: Tensor) -> bool:
-        """Whether the misfit of float64 is float64, tried once."""
+        """Whether the misfit of float64 is float64, tried once, on one x and y."""
         if self._wide is None:
+            one = x.reshape(-1, *x.shape[x.ndim - self.event_dim :])[:1]
             try:
-                self._wide = self.misfit(x.double(), y.double()).dtype == torch.float64
+                self._wide = self.misfit(one.double(), y[:1].double()).dtype == torch.float64
             except (RuntimeError, TypeError, ValueError):  # a network of float32, in most cases
                 self._wide = False
         return self._wide
