@@ -110,8 +110,8 @@ class InverseScattering(InverseProblem):
     """y = G f u + noise_std n, n circular complex Gaussian, as real and imaginary parts, (B, T, R, 2): T plane waves of amplitude 1, whose
     directions of travel are at equal distances from that of the columns on, seen by R receivers on a circle of radius 1.
 
-    By the direct solver, each image's system of n^2 unknowns is one LU decomposition, which takes memory as n^4 and time as n^6: 8 x 8 is
-    quick, 32 x 32 a matter of a second. By either, the result has derivatives of all orders.
+    By the direct solver, each image's system of n^2 unknowns is one LU decomposition, which takes time as n^6: 8 x 8 is quick, 32 x 32 a
+    matter of a second. By either, g is kept, which takes memory as n^4, and the result has derivatives of all orders.
 
     Args:
         shape: of x, (1, n, n), in [-1, 1]; x = -1 is the medium around.
