@@ -4,12 +4,13 @@
 
 For the VAE and the GAN: a box hidden, noise_std 0.1, and a class, by a small classifier that is trained here in seconds; y is simulated.
 The truth is 64 long chains of Hamiltonian Monte Carlo, of the box about the Laplace approximation, of a class from draws of the prior;
-their R-hat is said. Rivals are chains about the prior and, of the box, about the Laplace approximation; some of ours are re-noised.
+their R-hat is said. Rivals are chains about the prior and, of the box, about the Laplace approximation; some of ours are re-noised. Ours
+are trained on simulated pairs alone, then by each objective for half of the time. Numbers are means over observations.
 
     log p(y | x)    mean over draws, the reward
     diversity       root mean square distance of a draw from the mean of its observation's draws
     SW / floor      sliced Wasserstein of x to the truth, over that of as many other draws of the truth
-    ELBO, log Z     of the path weights; ESS / n
+    ELBO, EUBO      bounds of log Z, of paths of ours and of those that made the y; log Z of the path weights; ESS / n
     evaluations     of f for each draw; ours look for the mode once for each y, for all its draws
     s per 1,000     CPU seconds for 1,000 draws; training apart
 
@@ -26,9 +27,10 @@ from torch import Generator, Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from priors import DigitGenerator, GeneratorPrior, digits
-from rtb_inverse import InverseProblem, Posterior, fit, importance, renoise_mcmc, smc
+from rtb_inverse import InverseProblem, Posterior, fit, importance, renoise_mcmc, simulate_observations, smc
 from rtb_inverse.baselines import hmc, pcn
-from rtb_inverse.diagnostics import sliced_wasserstein
+from rtb_inverse.chains import path_log_prob
+from rtb_inverse.diagnostics import Estimate, eubo, sliced_wasserstein
 from rtb_inverse.particles import Particles
 from rtb_inverse.plots import image_grid
 from tasks import ClassConstraint, Inpainting
@@ -41,6 +43,7 @@ HEAD = [
     "diversity",
     "SW / floor",
     "ELBO",
+    "EUBO",
     "log Z",
     "ESS / n",
     "evaluations",
@@ -91,31 +94,48 @@ class Comparison:
         self.counted = Counted(DigitGenerator.from_pretrained(f"priors/digits_{name}"))
         self.prior = GeneratorPrior(self.counted, self.counted.generator.latent)
         problem.bind(self.prior.data_shape)
-        self.y = problem.simulate(self.prior.decode(self.prior.sample(observations, self.generator)), self.generator)
+        self.held = simulate_observations(Posterior(self.prior, problem, "prior"), observations, self.generator)
+        self.y = self.held.y
         self.laws = ["prior"] if isinstance(problem, ClassConstraint) else ["prior", "laplace"]
+        self.counted.calls, start = 0, time.process_time()
         truth = hmc(self.prior, problem, self.y, 64, self.generator, law=self.laws[-1], **LONG)
+        seconds, calls = time.process_time() - start, self.counted.calls / truth.log_w.numel()
         shuffled = truth.x[torch.randperm(len(truth.x), generator=Generator().manual_seed(4))]
         self.truth, other, self.r_hat = shuffled[:draws], shuffled[draws : 2 * draws], float(truth.info["r_hat"].max())
-        self.floor = sliced_wasserstein(other, self.truth, generator=Generator().manual_seed(1))
+        self.floor = self.far(other)
+        self.row(f"truth, R-hat {self.r_hat:.3f}", other, [""] * 4, calls, 1000 * seconds / truth.log_w.numel())
 
-    def add(self, method: str, sample: Callable[..., Particles], proposal: bool = False) -> Particles:
-        """`proposal`: draws are judged as they come, their weights for the bounds only."""
+    def far(self, x: Tensor) -> Tensor:
+        return sliced_wasserstein(x, self.truth, generator=Generator().manual_seed(1))
+
+    def row(self, method: str, x: Tensor, bounds: list, calls: float, seconds: float) -> None:
+        found = self.problem.log_likelihood(x, self.y).mean(0), diversity(x), self.far(x) / self.floor
+        cells = [*map(Estimate.of, found), *bounds, f"{calls:.0f}", f"{seconds:.2g}"]
+        self.lines.append(f"| {self.label} | {method} | {' | '.join(map(str, cells))} |")
+        print(self.lines[-1], flush=True)
+
+    def add(self, method: str, sample: Callable[..., Particles], proposal: Posterior | None = None) -> Particles:
+        """Draws of a `proposal` are judged as they come, their weights for the bounds only."""
         self.counted.calls, start = 0, time.process_time()
         draws = sample(y=self.y, n=self.n, generator=Generator().manual_seed(3))
         seconds, calls = time.process_time() - start, self.counted.calls / draws.log_w.numel()
         weighted = bool(draws.log_w.any())
-        x = draws.x if proposal or not weighted else draws.resample(self.n, Generator().manual_seed(2)).x
-        far = sliced_wasserstein(x, self.truth, generator=Generator().manual_seed(1)) / self.floor
-        cells = [f"{self.problem.log_likelihood(x, self.y).mean():.2f}", f"{diversity(x).mean():.2f}"]
-        cells += [f"{far.mean():.2f} ± {far.std() / len(far) ** 0.5:.2f}", f"{draws.log_w.mean(0).mean():.2f}" if proposal else ""]
-        cells += [f"{draws.log_z.mean():.2f}", f"{(draws.ess / self.n).mean():.2f}"] if weighted else ["", ""]
-        self.lines.append(f"| {self.label} | {method} | {' | '.join(cells)} | {calls:.0f} | {1000 * seconds / draws.log_w.numel():.2g} |")
+        x = draws.resample(self.n, Generator().manual_seed(2)).x if weighted and proposal is None else draws.x
+        bounds = ["", ""] if proposal is None else [Estimate.of(draws.log_w.mean(0)), Estimate.of(self.upper(proposal))]
+        bounds += [Estimate.of(draws.log_z), Estimate.of(draws.ess / self.n)] if weighted else ["", ""]
+        self.row(method, x, bounds, calls, 1000 * seconds / draws.log_w.numel())
         return draws
 
-    def trained(self, seconds: float) -> Posterior:
-        """For about that many CPU seconds. A class has no Gaussian guide: it starts at the prior, and all of it is a warm start."""
-        options = {"bounds": 0, "progress": False, "states": 256, "observations": 16, "draws": 8}
-        options["warm_start"] = 1.0 if isinstance(self.problem, ClassConstraint) else 0.9
+    @torch.no_grad()
+    def upper(self, posterior: Posterior) -> Tensor:
+        """The upper bound of log Z, of the prior's paths that made the y: (B,)."""
+        paths = self.held.paths
+        log_joint = path_log_prob(self.prior, paths) + posterior.log_likelihood(paths.x_0, self.y)
+        return eubo(log_joint - path_log_prob(posterior, paths))
+
+    def trained(self, seconds: float, **options) -> Posterior:
+        """For about that many CPU seconds."""
+        options |= {"bounds": 0, "progress": False, "states": 256, "observations": 16, "draws": 8}
         start = time.process_time()
         fit(Posterior(self.prior, self.problem), 20, 0, **options)
         steps = max(20, int(20 * seconds / (time.process_time() - start)))
@@ -132,12 +152,15 @@ class Comparison:
             for method, leaps, steps in (("MALA, 80", 1, 40), ("HMC, 80", 8, 5), ("HMC, 800", 8, 50)):
                 options = {"law": law, "leaps": leaps, "steps": steps, "burn_in": steps}
                 self.add(method.replace(",", f"{about},"), lambda options=options, **a: hmc(prior, problem, **options, **a))
-        self.add("prior, importance", lambda **a: importance(Posterior(prior, problem, start="prior"), **a), proposal=True)
-        untrained = Posterior(prior, problem, "guided")  # a class: by references
-        self.add("ours, untrained", lambda **a: importance(untrained, **a), proposal=True)
-        start = time.process_time()
-        posterior = self.trained(seconds)
-        draws = self.add(f"ours, {time.process_time() - start:.0f} s of training", lambda **a: importance(posterior, **a), proposal=True)
+        untrained = {"prior, importance": Posterior(prior, problem, "prior"), "ours, untrained": Posterior(prior, problem, "guided")}
+        for method, posterior in untrained.items():  # a class is guided by references
+            self.add(method, lambda posterior=posterior, **a: importance(posterior, **a), posterior)
+        ways = {f"pairs, then {name}": {"warm_start": 0.5, "objective": name} for name in ("rtb", "vargrad", "wake_sleep")}
+        for way, options in (ways | {"pairs": {"warm_start": 1.0}}).items():
+            start = time.process_time()
+            posterior = self.trained(seconds, **options)
+            said = f"ours, {time.process_time() - start:.0f} s of {way}"
+            draws = self.add(said, lambda posterior=posterior, **a: importance(posterior, **a), posterior)
         self.add("ours, SMC", lambda **a: smc(posterior, **a))
         for k in sweeps:
             self.add(f"ours, re-noised {k} times", lambda k=k, **a: renoise_mcmc(posterior, sweeps=k, **a))

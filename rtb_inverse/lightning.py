@@ -30,7 +30,6 @@ from rtb_inverse.training import denoising_loss, fit_head, line_search, path_bac
 OBJECTIVES = ("rtb", "vargrad", "wake_sleep")
 PRECISIONS = {"32-true": None, "64-true": None, "bf16-mixed": torch.bfloat16}  # of the trainer, to that of the networks
 HELD = 64  # observations on which bounds are compared
-HEAD_LIMIT = 256  # elements of an x, of which a posterior of one y has a linear head
 LEAST = 0.1  # share of the draws that enter a wake-sleep buffer with their weights: fewer, again and again, would be all it ever holds
 
 
@@ -77,7 +76,7 @@ class PosteriorTraining(LightningModule):
             each step.
         step_fraction, chunk_size: see `training.path_backward`.
         head_draws: of one y, draws to which a linear correction of its estimates is fitted before the first step (`training.fit_head`), as
-            much of it kept as raises the ELBO; 0 for none, as for a posterior whose guide is exact, and for x of more than 256 elements.
+            much of it kept as raises the ELBO; 0 for none, as for a posterior whose guide is exact.
         refresh: every how many steps the pool grows; in a wake-sleep warm start, every how many steps new draws enter the buffer.
         line_search: at the end of the warm start, go back along the line to where it began, to where ELBO and EUBO are nearest to one
             another (`training.line_search`); `kept` is how far along that is. Of one y: at the end of training, to the largest ELBO.
@@ -110,8 +109,7 @@ class PosteriorTraining(LightningModule):
         self.fixed = y is not None or not posterior.amortised
         self.head_draws = check_count("head_draws", head_draws, 0)
         exact = posterior.guide is not None and posterior.guide.exact
-        small = posterior.shape.numel() <= HEAD_LIMIT
-        self.has_head = y is not None and head_draws > 0 and posterior.start == "guided" and not exact and small
+        self.has_head = y is not None and head_draws > 0 and posterior.start == "guided" and not exact
         self.objective = check_choice("objective", objective, OBJECTIVES)
         if behaviours is None:
             behaviours = {"on_policy": 1.0} if objective == "wake_sleep" else {"on_policy": 0.5, "replay": 0.25}

@@ -17,6 +17,8 @@ from rtb_inverse.chains import Prior
 from rtb_inverse.guidance.base import product_by_time
 from rtb_inverse.schedules import expand
 
+RANK = 256  # of the directions in which a head corrects estimates
+
 
 def zero(module: nn.Module) -> nn.Module:
     """Set all parameters of a module to zero; returns it."""
@@ -217,29 +219,37 @@ class ResidualMLP(nn.Module):
 class LinearHead(nn.Module):
     r"""For one y: at each step a linear map of what is known there is added to the estimate of x_0,
 
-        x0hat + W_k^T (1, x_t / sqrt(alpha_t^2 + sigma_t^2), x0hat).
+        x0hat + U W_k^T (1, U^T x_t / sqrt(alpha_t^2 + sigma_t^2), U^T x0hat),
 
+    of x of more than `RANK` elements in the orthonormal directions U in which the draws for that y vary most; of others U = I.
     Starts at 0; `training.fit_head` finds it.
     """
 
-    weight: Tensor  # W_k, the last step first, (K, 1 + 2 d, d)
+    basis: Tensor  # U, (d, r)
+    weight: Tensor  # W_k, the last step first, (K, 1 + 2 r, r)
 
     def __init__(self, prior: Prior):
         super().__init__()
-        d = prior.shape.numel()
+        d, r = prior.shape.numel(), min(prior.shape.numel(), RANK)
         self.schedule, self.event_dim = prior.schedule, len(prior.shape)
-        self.register_buffer("weight", torch.zeros((prior.steps, 1 + 2 * d, d), **prior._options()))
+        self.register_buffer("basis", torch.eye(d, r, **prior._options()))
+        self.register_buffer("weight", torch.zeros((prior.steps, 1 + 2 * r, r), **prior._options()))
 
     def features(self, x_t: Tensor, t: Tensor, x_0: Tensor) -> Tensor:
-        """What is known at states x_t (*batch, *shape), t and the estimates x_0 there: (*batch, 1 + 2 d)."""
+        """What is known at states x_t (*batch, *shape), t and the estimates x_0 there: (*batch, 1 + 2 r)."""
         scaled = x_t / expand(torch.hypot(*self.schedule.alpha_sigma(t)), x_t)
-        return nn.functional.pad(torch.cat([scaled.flatten(-self.event_dim), x_0.flatten(-self.event_dim)], -1), (1, 0), value=1.0)
+        return nn.functional.pad(torch.cat([self.within(scaled), self.within(x_0)], -1), (1, 0), value=1.0)
+
+    def within(self, x: Tensor) -> Tensor:
+        """The coordinates of x (*batch, *shape) in the directions, (*batch, r)."""
+        return x.flatten(-self.event_dim) @ self.basis
 
     def forward(self, x_t: Tensor, t: Tensor, k: Tensor, x_0: Tensor) -> Tensor:
         """The estimate x_0 (*batch, *shape) at steps k, corrected; t and k broadcast to the batch."""
         steps, which = k.unique(return_inverse=True)
         known = self.features(x_t, t, x_0)
-        return x_0 + product_by_time(known, [self.weight[i].T for i in steps], which.expand(known.shape[:-1])).reshape(x_0.shape)
+        correction = product_by_time(known, [self.weight[i].T for i in steps], which.expand(known.shape[:-1]))
+        return x_0 + (correction @ self.basis.T).reshape(x_0.shape)
 
 
 class LogZ(nn.Module):

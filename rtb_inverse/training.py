@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from rtb_inverse.chains import Bridges, Trajectory, chunks, path_log_prob, rollout, step_log_prob
 from rtb_inverse.checks import check_finite
+from rtb_inverse.networks import RANK
 from rtb_inverse.objectives import tempered
 from rtb_inverse.posterior import Posterior
 
@@ -62,7 +63,8 @@ def fit_head(
 
     Of one y, E[x_0 | x_t, y] is a function of x_t alone, and the guided estimate is near it. So n draws of the posterior, picked by their
     path weights, tempered so that a third of them counts, are noised to each level, and what is left of the estimates' errors is
-    regressed on what is known there. All but the last step; `ROUNDS` times, each time with draws of what was found.
+    regressed on what is known there. All but the last step; `ROUNDS` times, each time with draws of what was found. Of large x the
+    directions are the draws' principal ones.
     """
     head: Any = posterior.head
     for _ in tqdm(range(ROUNDS), "fitting to the one y", disable=not progress, leave=False):
@@ -70,17 +72,26 @@ def fit_head(
         log_q, log_p, log_lik = score(posterior, paths, chunk_size)
         weights = tempered(log_p + log_lik - log_q, COUNTS)[:, 0].softmax(0)
         x_0 = paths.x_0[torch.multinomial(weights, COPIES * n, replacement=True, generator=generator)]
+        if len(head.basis) > RANK:
+            head.basis.copy_(principal(paths.x_0.flatten(1), weights, RANK))
         found = torch.zeros_like(head.weight)
         head.weight.zero_()
         for k, t in enumerate(posterior.times[:-1].flip(0)[1:], 1):
             noise = torch.randn(x_0.shape, generator=generator, device=x_0.device, dtype=x_0.dtype)
             x_t = posterior.schedule.add_noise(x_0, noise, t)
             estimate = torch.cat([posterior.denoise(part, t, y)[0] for part in x_t.split(chunk_size)])
-            known, error = head.features(x_t, t, estimate).flatten(0, 1).double(), (x_0 - estimate).flatten(2).flatten(0, 1).double()
+            known, error = head.features(x_t, t, estimate).flatten(0, 1).double(), head.within(x_0 - estimate).flatten(0, 1).double()
             square = known.T @ known
             square.diagonal().add_(RIDGE * len(known))
             found[k] = torch.linalg.solve(square, known.T @ error)
         head.weight.copy_(found)
+
+
+def principal(x: Tensor, weights: Tensor, r: int) -> Tensor:
+    """The r orthonormal directions in which x (M, d) with weights of sum 1, (M,), vary most, (d, r); zeros beyond M of them."""
+    x, weights = x.double(), weights.double()
+    directions = torch.linalg.svd((x - weights @ x) * weights.sqrt()[:, None], full_matrices=False).Vh[:r]
+    return torch.nn.functional.pad(directions, (0, 0, 0, r - len(directions))).T
 
 
 @torch.no_grad()

@@ -1,11 +1,11 @@
 """One posterior for many lenses: what is known of each galaxy behind its own, where it is seen once and where several times?
 
     python scripts/lensing_galaxies.py [--prior priors/galaxies] [--pixels 32] [--noise-std 0.1] [--draws 12] [--observations 4]
-        [--truth simulator] [--zeta 0.003 ...] [--seed 0] [--output FOLDER]
+        [--truth simulator] [--zeta 0.003 ...] [--spread 30 ...] [--seed 0] [--output FOLDER]
 
-Of new galaxies (--truth prior, or another prior: of its own draws): the guided posterior, untrained, the same corrected by SMC, twisted SMC
-and DPS, of whose --zeta that of the least CRPS on 2 others is taken. Means over the observations with standard errors; of pixels of the
-source with one image, and with several. FOLDER/report.txt and lensing_galaxies.png: inside the white line several are seen.
+Of new galaxies (--truth prior, or another prior: of its own draws): the guided posterior, untrained, and by SMC, twisted SMC and DPS (of
+--spread and --zeta those of the least CRPS on 2 others). Means over observations with standard errors, of all, and of source pixels with
+one image and with several. FOLDER/report.txt and lensing_galaxies.png: inside the white line several are seen.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import torch
 
 from priors import DiffusersPrior, galaxies
 from rtb_inverse import Posterior, smc
-from rtb_inverse.baselines import dps, tuned_zeta, twisted
+from rtb_inverse.baselines import dps, tuned, twisted
 from rtb_inverse.diagnostics import Estimate, crps, interval_coverage
 from rtb_inverse.evaluation import judge, report_to
 from rtb_inverse.plots import plt
@@ -25,24 +25,24 @@ from tasks import Lensing, LensingFamily
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 options = {"prior": "priors/galaxies", "pixels": 32, "noise-std": 0.1, "draws": 12, "observations": 4, "seed": 0}
-for name, default in (options | {"output": Path("outputs/lensing_galaxies")}).items():
-    parser.add_argument(f"--{name}", type=type(default), default=default)
-parser.add_argument("--truth", choices=("simulator", "prior"), default="simulator")
-o = parser.add_argument("--zeta", type=float, nargs="+", default=[3e-3]) and parser.parse_args()
+for name, default in (options | {"output": Path("outputs/lensing_galaxies"), "zeta": [3e-3], "spread": [30.0]}).items():
+    many = isinstance(default, list)
+    parser.add_argument(f"--{name}", type=float if many else type(default), nargs="+" if many else None, default=default)
+o = parser.add_argument("--truth", choices=("simulator", "prior"), default="simulator") and parser.parse_args()
 g, n, B = torch.Generator().manual_seed(o.seed), o.draws, o.observations
 prior, say = DiffusersPrior.from_pretrained(o.prior), report_to(o.output)
 family = LensingFamily(Lensing(prior.shape, o.pixels, centre=(0.2, 0.1), image_fov=2.8, noise_std=o.noise_std, sky=-1.0), (0.4, 0.7))
-new = Path(o.prior).name == "galaxies" and o.truth == "simulator"
-x = galaxies(B + 66, g, prior.shape[-1]) if new else prior.sample(B + 66, g)
+x = galaxies(B + 66, g, prior.shape[-1]) if Path(o.prior).name == "galaxies" and o.truth == "simulator" else prior.sample(B + 66, g)
 (x, others, known), found = x.split([B, 2, 64]), []  # the last say how wide the prior is
 y, of_others, posterior = family.simulate(x, g), family.simulate(others, g), Posterior(prior, family)
 several = family.several(family.split(y)[1])
-zeta = tuned_zeta(prior, family, others, of_others, o.zeta, 8, g, True) if len(o.zeta) > 1 else o.zeta[0]
+tries = (dps, [{"zeta": k} for k in o.zeta]), (twisted, [{"spread": k} for k in o.spread])
+zeta, spread = (tuned(f, prior, family, others, of_others, settings, 8, g, progress=True) for f, settings in tries)
 for name, sample in {
     f"posterior ({posterior.evaluations()} network evaluations)": partial(posterior.sample, y, n, g, progress=True),
     f"SMC ({posterior.evaluations() + prior.steps} a particle)": partial(smc, posterior, y, n, g, progress=True),
-    f"twisted SMC ({prior.steps})": partial(twisted, prior, family, y, n, g, progress=True),
-    f"DPS ({prior.steps}; zeta {zeta:g})": partial(dps, prior, family, y, n, g, zeta=zeta, progress=True),
+    f"twisted SMC ({prior.steps}; {spread})": partial(twisted, prior, family, y, n, g, **spread, progress=True),
+    f"DPS ({prior.steps}; {zeta})": partial(dps, prior, family, y, n, g, **zeta, progress=True),
 }.items():
     z, said = judge(family, sample, y, x, g)
     found.append(z)

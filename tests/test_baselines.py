@@ -157,12 +157,13 @@ def test_dps_climbs_a_reward():
 
 
 @pytest.mark.parametrize("components", [1, 3])
-@pytest.mark.parametrize("threshold", [0.0, 0.9])
-def test_twisted_evidence_is_unbiased(components, threshold, generator):
+@pytest.mark.parametrize(("threshold", "spread"), [(0.0, 1.0), (0.9, 1.0), (0.9, 3.0)])
+def test_twisted_evidence_is_unbiased(components, threshold, spread, generator):
     """Z-hat / Z averages to one over 2,000 runs with 16 particles."""
     prior = mixture(components, steps=12)
     y = torch.full((2000, 1), 0.7, dtype=D)
-    ratio = (twisted(prior, linear(), y, 16, generator, threshold=threshold).log_z - prior.log_evidence(MATRIX, NOISE, y[0])).exp()
+    log_z = twisted(prior, linear(), y, 16, generator, threshold=threshold, spread=spread).log_z
+    ratio = (log_z - prior.log_evidence(MATRIX, NOISE, y[0])).exp()
     assert abs(z(ratio, 1.0)) < 4.5
     assert 0.01 < float(ratio.std()) < 1.0
 
@@ -177,6 +178,14 @@ def test_twisted_particles_are_of_the_posterior(components, generator):
         assert abs(z(particles.mean[:, j], float(exact.mean[0, j]))) < 4.5
         second = torch.einsum("nb,nb->b", particles.weights, (particles.x[..., j] - exact.mean[0, j]) ** 2)
         assert abs(z(second, float(exact.variance[0, j]))) < 4.5
+
+
+def test_behind_a_magnifying_operator_the_twist_is_flattened_by_its_gain():
+    """Of gain 10: by r_t^2 alone its steps overshoot, and what is left of the particles is far from y."""
+    prior, problem, y = mixture(1, steps=12), InverseProblem(8.9 * MATRIX, GaussianNoise(NOISE)), torch.full((40, 1), 7.0, dtype=D)
+    exact = prior.log_evidence(8.9 * MATRIX, NOISE, y[0])
+    off = [(twisted(prior, problem, y, 64, torch.Generator().manual_seed(0), spread=s).log_z - exact).abs().mean() for s in (1.0, 99.0)]
+    assert off[0] > 100 and off[1] < 1
 
 
 def test_the_gradient_of_the_twist_helps():
@@ -281,6 +290,7 @@ def flat() -> InverseProblem:
         (dps, nonlinear, {"y": torch.ones(1, 2), "zeta": 1e200}, r"states of dps at zeta = 1e\+200 must be finite"),
         (twisted, linear, {"n": 1}, "n must be an integer of at least 2, got 1"),
         (twisted, linear, {"threshold": 1.5}, r"threshold must be in \[0, 1\], got 1.5"),
+        (twisted, linear, {"spread": 0.0}, "spread must be a finite number above 0, got 0.0"),
         (twisted, flat, {"y": torch.ones(1, 2)}, "problem must have a differentiable operator for twisted"),
         (fps_smc, linear, {"n": 1}, "n must be an integer of at least 2, got 1"),
         (fps_smc, linear, {"threshold": -0.1}, r"threshold must be in \[0, 1\], got -0.1"),

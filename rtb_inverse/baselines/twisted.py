@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from rtb_inverse.baselines.common import check_differentiable, estimate_and_gradient, prepare
 from rtb_inverse.chains import Prior
-from rtb_inverse.checks import check_count, check_finite, check_fraction
+from rtb_inverse.checks import check_count, check_finite, check_fraction, check_positive
 from rtb_inverse.corrections import own_step, resample, twist_log_likelihood
 from rtb_inverse.distributions import draw
 from rtb_inverse.particles import Particles
@@ -30,7 +30,7 @@ from rtb_inverse.problems import InverseProblem
 @torch.no_grad()
 def twisted(
     prior: Prior, problem: InverseProblem, y: Tensor | None = None, n: int = 256, generator: Generator | None = None, *,
-    threshold: float = 0.5, batch_size: int | None = None, progress: bool = False,
+    threshold: float = 0.5, spread: float = 1.0, batch_size: int | None = None, progress: bool = False,
 ) -> Particles:  # fmt: skip
     r"""The twisted diffusion sampler (Wu et al. 2023, arXiv 2306.17775, algorithm 1).
 
@@ -40,6 +40,8 @@ def twisted(
         y: observations, (B, *y_shape); None for a `Reward`.
         n: particles per observation, at least 2.
         threshold: resample where the effective sample size falls below threshold n; in [0, 1], 0 never resamples.
+        spread: variance of A x_0 for each of x_0 by which a Gaussian likelihood is flattened, > 0. Where the operator magnifies, its
+            largest singular value squared keeps the proposals' steps along the gradient from overshooting.
         batch_size: most draws per observation in one call of the denoiser with its gradient, which bounds the memory; all by default.
 
     Returns:
@@ -49,14 +51,14 @@ def twisted(
     Raises:
         TypeError, ValueError: arguments that are none or do not fit; an operator without gradient; weights that are not finite.
     """
-    check_count("n", n, 2), check_fraction("threshold", threshold)
+    check_count("n", n, 2), check_fraction("threshold", threshold), check_positive("spread", spread)
     y = prepare(prior, problem, y)
     check_differentiable("twisted", problem, prior)
     target = Posterior(prior, problem, "prior", network=torch.nn.Identity())  # its likelihood and errors; its network is never called
     b = 1 if y is None else len(y)
 
     def twist(x, t):
-        return estimate_and_gradient(prior, x, t, lambda x_0: twist_log_likelihood(target, x_0, t, y), batch_size)
+        return estimate_and_gradient(prior, x, t, lambda x_0: twist_log_likelihood(target, x_0, t, y, spread), batch_size)
 
     x = draw(prior.initial((n, b)), generator)
     estimate, psi, gradient = twist(x, prior.times[0])

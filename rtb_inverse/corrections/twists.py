@@ -75,13 +75,13 @@ def lifted(log_psi: Tensor) -> Tensor:
     return torch.where(dead, least, log_psi)
 
 
-def twist_log_likelihood(posterior: Posterior, estimate: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+def twist_log_likelihood(posterior: Posterior, estimate: Tensor, t: Tensor, y: Tensor | None, spread: float = 1.0) -> Tensor:
     """How likely y is at an estimate of x_0 (N, B, *shape) with error r_t^2, (N, B). For Gaussian noise of variance sigma^2
-    the log-likelihood is flattened by sigma^2 / (sigma^2 + r_t^2), for another noise, or a reward, by 1 - r_t^2 / r_T^2."""
+    the log-likelihood is flattened by sigma^2 / (sigma^2 + spread r_t^2), for another noise, or a reward, by 1 - r_t^2 / r_T^2."""
     error = posterior.error(t).mean()
     variance = posterior.problem.noise_variance(y)
     if variance is not None:
-        flatten = variance / (variance + posterior.beta * error)
+        flatten = variance / (variance + posterior.beta * spread * error)
     else:
         flatten = (1 - error / posterior.error(posterior.times[0]).mean()).clamp_min(0)
     log_lik = posterior.log_likelihood(estimate, y)
