@@ -196,16 +196,18 @@ def scores(problem: InverseProblem, draws: Tensor, y: Tensor | None, truth: Tens
 
 
 def judge(
-    problem: InverseProblem, sample: Callable[[], Particles], y: Tensor, truth: Tensor, generator: Generator | None = None
-) -> tuple[Tensor, str]:
+    problem: InverseProblem, sample: Callable[[], Particles], y: Tensor, truth: Tensor, generator: Generator | None = None,
+    proposal: bool = False,
+) -> tuple[Tensor, str]:  # fmt: skip
     """Draws of any sampler, resampled by their weights, (N, B, *data_shape), and a line: its main `scores` (`BRIEF`), the log evidence
-    where its weights tell one, and wall time."""
+    where its weights tell one, and wall time. Of a `proposal`, as `importance` gives it, the draws as they come, and its ELBO too."""
     start, draws = time.perf_counter(), sample()
     seconds = (time.perf_counter() - start) / draws.log_w.numel()
-    x = draws.resample(generator=generator).x
+    x = draws.x if proposal else draws.resample(generator=generator).x
     found = scores(problem, x, y, truth)
     said = ", ".join(f"{name} {Estimate.of(found[name])}" for name in BRIEF if name in found)
-    said += f" ({interval_level(len(x), 0.9):.3f})" + (f", log_z {Estimate.of(draws.log_z)}" if draws.log_w.any() else "")
+    said += f" ({interval_level(len(x), 0.9):.3f})" + (f", elbo {Estimate.of(elbo(draws.log_w))}" if proposal else "")
+    said += f", log_z {Estimate.of(draws.log_z)}" if draws.log_w.any() else ""
     return x, f"{said}, {seconds:.2g} s per draw"
 
 

@@ -19,7 +19,7 @@ from rtb_inverse.posterior import Posterior
 
 ROUNDS, COPIES = 2, 4  # of `fit_head`: regressions, and states of each draw at each level
 COUNTS = 1 / 3  # of the draws, that their effective sample size is to be
-RIDGE = 0.15  # of the features' squares, which are about 1
+RIDGES = (0.15, 0.5, 1.5, 5.0, 15.0)  # tried, of the features' squares, which are about 1
 
 
 @torch.no_grad()
@@ -63,15 +63,16 @@ def fit_head(
 
     Of one y, E[x_0 | x_t, y] is a function of x_t alone, and the guided estimate is near it. So n draws of the posterior, picked by their
     path weights, tempered so that a third of them counts, are noised to each level, and what is left of the estimates' errors is
-    regressed on what is known there. All but the last step; `ROUNDS` times, each time with draws of what was found. Of large x the
-    directions are the draws' principal ones.
+    regressed on what is known there, with the ridge that leaves the least at one half of the draws of what the other half learnt. All but
+    the last step; `ROUNDS` times, each time with draws of what was found. Of large x the directions are the draws' principal ones.
     """
     head: Any = posterior.head
     for _ in tqdm(range(ROUNDS), "fitting to the one y", disable=not progress, leave=False):
         paths = rollout(posterior, n, y, generator)
         log_q, log_p, log_lik = score(posterior, paths, chunk_size)
         weights = tempered(log_p + log_lik - log_q, COUNTS)[:, 0].softmax(0)
-        x_0 = paths.x_0[torch.multinomial(weights, COPIES * n, replacement=True, generator=generator)]
+        picked = torch.multinomial(weights, COPIES * n, replacement=True, generator=generator)
+        x_0 = paths.x_0[picked]
         if len(head.basis) > RANK:
             head.basis.copy_(principal(paths.x_0.flatten(1), weights, RANK))
         found = torch.zeros_like(head.weight)
@@ -81,10 +82,25 @@ def fit_head(
             x_t = posterior.schedule.add_noise(x_0, noise, t)
             estimate = torch.cat([posterior.denoise(part, t, y)[0] for part in x_t.split(chunk_size)])
             known, error = head.features(x_t, t, estimate).flatten(0, 1).double(), head.within(x_0 - estimate).flatten(0, 1).double()
-            square = known.T @ known
-            square.diagonal().add_(RIDGE * len(known))
-            found[k] = torch.linalg.solve(square, known.T @ error)
+            found[k] = regress(known, error, picked % 2 == 0)
         head.weight.copy_(found)
+
+
+def regress(known: Tensor, error: Tensor, half: Tensor) -> Tensor:
+    """Ridge regression of error (M, r) on known (M, m), to (m, r): of `RIDGES` that by which one half of the rows (M,) tells most of the
+    other half; 0 where none tells anything."""
+
+    def solve(rows: Tensor, ridge: float) -> Tensor:
+        square = known[rows].T @ known[rows]
+        square.diagonal().add_(ridge * max(1.0, float(rows.sum())))
+        return torch.linalg.solve(square, known[rows].T @ error[rows])
+
+    def left(ridge: float) -> float:
+        """Of the squared error, in the half that was not fitted."""
+        return sum(float((error[~rows] - known[~rows] @ solve(rows, ridge)).square().sum()) for rows in (half, ~half))
+
+    ridge = min(RIDGES, key=left)
+    return solve(torch.ones_like(half), ridge) if left(ridge) < float(error.square().sum()) else torch.zeros_like(known.T @ error)
 
 
 def principal(x: Tensor, weights: Tensor, r: int) -> Tensor:

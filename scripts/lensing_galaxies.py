@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from priors import DiffusersPrior, galaxies
-from rtb_inverse import Posterior, smc
+from rtb_inverse import Posterior, importance, smc
 from rtb_inverse.baselines import dps, tuned, twisted
 from rtb_inverse.diagnostics import Estimate, crps, interval_coverage
 from rtb_inverse.evaluation import judge, report_to
@@ -39,12 +39,12 @@ several = family.several(family.split(y)[1])
 tries = (dps, [{"zeta": k} for k in o.zeta]), (twisted, [{"spread": k} for k in o.spread])
 zeta, spread = (tuned(f, prior, family, others, of_others, settings, 8, g, progress=True) for f, settings in tries)
 for name, sample in {
-    f"posterior ({posterior.evaluations()} network evaluations)": partial(posterior.sample, y, n, g, progress=True),
+    f"posterior ({posterior.evaluations()} network evaluations)": partial(importance, posterior, y, n, g, progress=True),
     f"SMC ({posterior.evaluations() + prior.steps} a particle)": partial(smc, posterior, y, n, g, progress=True),
     f"twisted SMC ({prior.steps}; {spread})": partial(twisted, prior, family, y, n, g, **spread, progress=True),
     f"DPS ({prior.steps}; {zeta})": partial(dps, prior, family, y, n, g, **zeta, progress=True),
 }.items():
-    z, said = judge(family, sample, y, x, g)
+    z, said = judge(family, sample, y, x, g, name.startswith("posterior"))
     found.append(z)
     say(f"{name}: {said}")
     for region, masks in {"one image": ~several, "several images": several}.items():

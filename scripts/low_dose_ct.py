@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from priors import DiffusersPrior, phantoms
-from rtb_inverse import Posterior, fit, smc
+from rtb_inverse import Posterior, fit, importance, smc
 from rtb_inverse.baselines import dps, tuned_zeta
 from rtb_inverse.diagnostics import Estimate, psnr
 from rtb_inverse.evaluation import judge, report_to
@@ -40,11 +40,11 @@ posterior = fit(posterior, o.steps, o.seed) if o.steps else posterior
 fbp, found, line = problem.condition(y), [], ""
 zeta = tuned_zeta(prior, problem, others, of_others, o.zeta, 16, g, True) if len(o.zeta) > 1 else o.zeta[0]
 for name, sample in (
-    (f"posterior ({posterior.evaluations()} network evaluations)", partial(posterior.sample, y, n, g, progress=True)),
+    (f"posterior ({posterior.evaluations()} network evaluations)", partial(importance, posterior, y, n, g, progress=True)),
     (f"SMC ({posterior.evaluations() + prior.steps} a particle)", partial(smc, posterior, y, n, g, progress=True)),
     (f"DPS ({prior.steps}; zeta {zeta:g})", partial(dps, prior, problem, y, n, g, zeta=zeta, progress=True)),
 ):
-    z, said = judge(problem, sample, y, x, g)
+    z, said = judge(problem, sample, y, x, g, name.startswith("posterior"))
     found, line = [*found, z], f"{line}; {name}: {said}"
 say(f"FBP: psnr {Estimate.of(psnr(fbp, x))}{line}")
 (z, _, guess), body = found, {"cmap": "bone", "vmin": -1, "vmax": 1}

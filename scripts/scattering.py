@@ -4,7 +4,7 @@
         [--observations 2] [--steps 15] [--truth simulator] [--zeta 1 3 10] [--seed 0] [--solver direct] [--output FOLDER]
 
 Noisy fields (--solver deepinv: by its iterations, slowly) of phantoms (--truth prior, or another prior: of its draws) on a coarser --grid.
-Draws of the guided posteriors of Born's model and of theirs, of DPS; linear inversion (both tuned on 3 others); report.txt, scattering.png.
+Draws and evidence by guided posteriors of Born's model and of theirs; DPS and linear inversion, tuned on 3 others. Report and picture.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 from priors import DiffusersPrior, phantoms
-from rtb_inverse import InverseProblem, Posterior
+from rtb_inverse import InverseProblem, Posterior, importance
 from rtb_inverse.baselines import dps, tuned_zeta
 from rtb_inverse.diagnostics import Estimate, psnr
 from rtb_inverse.evaluation import judge, report_to
@@ -55,11 +55,11 @@ for contrast, row in zip(o.contrast, axes, strict=True):
     shown = {"truth": truth, "a wave in it": u.reshape(1, 1, o.grid, -1), "linear inversion": linear(y, born, weight)}
     line, off = f"linear inversion: psnr {Estimate.of(psnr(shown['linear inversion'], truth))}", (by_born - clean).norm() / clean.norm()
     for name, sample in {
-        "posterior of Born": partial(Posterior(prior, born).sample, y, n, g, progress=True),
+        "posterior of Born": partial(importance, Posterior(prior, born), y, n, g, progress=True),
         "DPS": partial(dps, prior, problem, y, n, g, zeta=zeta, progress=True),
-        "posterior mean": partial(posterior.sample, y, n, g, progress=True),
+        "posterior mean": partial(importance, posterior, y, n, g, progress=True),
     }.items():
-        z, said = judge(problem, sample, y, truth)
+        z, said = judge(problem, sample, y, truth, proposal=name != "DPS")
         line, shown = f"{line}; {name}: {said}", shown | {name: z.mean(0)}
     say(f"contrast {contrast:g}, Born {off:.0%} off; {line}; {posterior.evaluations()} evaluations, DPS {o.steps}, zeta {zeta * rms:.3g}")
     for ax, (title, image) in zip(row, (shown | {"posterior std": z.std(0), "draw": z[0]}).items(), strict=True):

@@ -335,6 +335,8 @@ def test_judged_draws_are_resampled_and_scored(generator):
     assert f"log_z {Estimate.of(draws.log_z)}" in line
     assert "log_z" not in judge(problem, lambda: Particles(draws.x, torch.zeros((20, 3))), y, truth)[1]  # draws without weights tell none
     assert torch.equal(x, draws.resample(generator=torch.Generator().manual_seed(1)).x)
+    raw, said = judge(problem, lambda: draws, y, truth, proposal=True)
+    assert torch.equal(raw, draws.x) and f"elbo {Estimate.of(draws.log_w.mean(0))}, log_z {Estimate.of(draws.log_z)}" in said
     found = scores(problem, x, y, truth)
     torch.testing.assert_close(found["psnr"], psnr(x.mean(0), truth))
     torch.testing.assert_close(found["chi_squared"], ((y - x @ MATRIX.T) / NOISE).square().mean((0, 2)))
