@@ -7,6 +7,7 @@ of those seen several times: along the direction in which draws vary most,
 
     sharpness    (E|p|)^2 / E p^2 of the centred projections p: 2 / pi = 0.64 for a Gaussian, 3 / 4 for a uniform law, 1 for two points
     p            how often Gaussian draws of the same covariance, their own direction found anew, are as sharp (200 sets)
+    lit          share of the draws that have a pixel above -0.5 there (the sky is -1): a clump, a companion, an arm, or none of it
 
 and the standard deviation of the posterior's pixels over that of the prior's. One thread; prints Markdown.
 """
@@ -21,6 +22,7 @@ from rtb_inverse import Posterior
 from tasks import Lensing, LensingFamily
 
 NULL = 200  # sets of Gaussian draws
+LIT = -0.5
 
 
 def sharpness(x: Tensor) -> Tensor:
@@ -43,14 +45,17 @@ def main() -> None:
     x, known = prior.sample(o.observations + 64, g).split([o.observations, 64])
     y = family.simulate(x, g)
     several, z = family.several(family.split(y)[1]), Posterior(prior, family).sample(y, o.draws, g).x
-    print("| observation | pixels | sharpness | p | std, of the prior's |\n|---|---|---|---|---|")
+    print("| observation | pixels | sharpness | p | lit, % (of the prior; truth) | std, of the prior's |\n|---|---|---|---|---|---|")
     for b in range(o.observations):
         for name, mask in {"one image": ~several[b], "several": several[b]}.items():
-            draws, wide = z[:, b, 0][:, mask].double(), known[:, 0][:, mask].std(0).mean()
+            draws, anywhere, truth = (part[..., mask].double() for part in (z[:, b, 0], known[:, 0], x[b, 0]))
             root = (draws - draws.mean(0)).T / len(draws) ** 0.5  # its product with white noise has the draws' covariance
             white = torch.randn((NULL, len(draws), len(draws)), generator=g, dtype=torch.float64)
             p = float((sharpness(white @ root.T) >= sharpness(draws)).double().mean())
-            print(f"| {b + 1} | {name} | {float(sharpness(draws)):.3f} | {p:.2f} | {float(draws.std(0).mean() / wide):.2f} |", flush=True)
+            lit = [100 * float((part.amax(-1) > LIT).double().mean()) for part in (draws, anywhere)]
+            lit = f"{lit[0]:.0f} ({lit[1]:.0f}; {'lit' if truth.amax() > LIT else 'dark'})"
+            wide = float(draws.std(0).mean() / anywhere.std(0).mean())
+            print(f"| {b + 1} | {name} | {float(sharpness(draws)):.3f} | {p:.2f} | {lit} | {wide:.2f} |", flush=True)
 
 
 if __name__ == "__main__":
