@@ -25,6 +25,7 @@ from rtb_inverse.denoiser_error import DenoiserError
 from rtb_inverse.schedules import Schedule, schedule_from_config
 
 MODELS = {"UNet2DModel": UNet2DModel, "UNet1DModel": UNet1DModel}
+EXAMPLES = 512  # on which the denoiser's error is measured
 AUTOENCODER_FOLDERS = ("vae", "vqvae")
 
 
@@ -135,10 +136,19 @@ class DiffusersPrior(Prior):
     def denoiser_covariance(self, t):
         return None if self.error is None else self.error.covariance(t)
 
-    def measure_error(self, x: Tensor, knots: int = 64, generator: torch.Generator | None = None) -> "DiffusersPrior":
+    @torch.no_grad()
+    def measure_error(self, x: Tensor | None = None, knots: int = 64, generator: torch.Generator | None = None) -> "DiffusersPrior":
         """Measure r_t^2 and C_t at up to `knots` times on clean examples x (M, *shape): draws of the prior, or data held out from
-        training. Returns itself."""
-        check_tensor("x", x, self.shape)
+        training. Returns itself, as `save_pretrained` keeps it.
+
+        By default on the draws that the prior keeps, or on `EXAMPLES` of its own, drawn twice: the steps that draw them need it too.
+        """
+        if x is None and self.draws is None:
+            generator = generator or torch.Generator(self._options()["device"]).manual_seed(0)
+            for _ in range(2):
+                self.measure_error(self.sample(EXAMPLES, generator, progress=True), knots, generator)
+            return self
+        x = check_tensor("x", self.draws if x is None else x, self.shape)
         self.error = DenoiserError.measure(self.schedule, self.denoise, x, len(self.shape), knots, generator=generator)
         return self
 

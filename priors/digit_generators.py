@@ -15,7 +15,7 @@ from torch.nn.functional import softplus
 from priors.generator import GeneratorPrior
 from priors.variational import VariationalTraining
 from rtb_inverse.averaging import ExponentialMovingAverage
-from rtb_inverse.checkpoints import load_into, load_weights, read_json, save_tensors, write_json
+from rtb_inverse.checkpoints import load_into, load_weights, read_json, save_tensors, shipped, write_json
 from rtb_inverse.checks import check_count, check_number, check_positive, check_writable
 from rtb_inverse.prior_training import generator_of_step
 
@@ -53,11 +53,12 @@ class DigitGenerator(nn.Module):
             FileNotFoundError: no such file there. ValueError: sizes that are not valid; truncated or pickled weights, or those of another
             network.
         """
-        sizes = read_json(Path(folder) / CONFIG)
+        folder = shipped(Path(folder))
+        sizes = read_json(folder / CONFIG)
         if sizes.keys() != {"latent", "width"}:
-            raise ValueError(f"{Path(folder) / CONFIG} must hold latent and width, got {', '.join(sizes) or 'nothing'}")
+            raise ValueError(f"{folder / CONFIG} must hold latent and width, got {', '.join(sizes) or 'nothing'}")
         generator = cls(**sizes)
-        load_into(generator, load_weights(Path(folder) / FILE), Path(folder) / FILE)
+        load_into(generator, load_weights(folder / FILE), folder / FILE)
         return generator
 
     @classmethod

@@ -44,7 +44,7 @@ class GeneratorPrior(Prior):
     anchor: Tensor
 
     def __init__(
-        self, generator: Callable[[Tensor], Tensor], shape, schedule: Schedule | None = None, steps: int = 40,
+        self, generator: nn.Module | Callable[[Tensor], Tensor], shape, schedule: Schedule | None = None, steps: int = 40,
         dtype: torch.dtype | None = None, device: torch.device | str | None = None,
     ):  # fmt: skip
         if not callable(generator):

@@ -7,7 +7,7 @@ from lightning.pytorch import LightningModule
 from torch import Generator, Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from rtb_inverse.checkpoints import load_into, load_weights, save_tensors
+from rtb_inverse.checkpoints import load_into, load_weights, save_tensors, shipped
 from rtb_inverse.checks import check_fraction, check_positive, check_tensor, check_writable
 from rtb_inverse.distributions import global_state_from
 from rtb_inverse.prior_training import generator_of_step
@@ -42,8 +42,8 @@ class MNISTClassifier(nn.Module):
         Raises:
             FileNotFoundError: no weights there. ValueError: truncated or pickled weights, or those of another network.
         """
-        classifier = cls()
-        load_into(classifier, load_weights(Path(folder) / FILE), Path(folder) / FILE)
+        classifier, file = cls(), shipped(Path(folder)) / FILE
+        load_into(classifier, load_weights(file), file)
         return classifier.requires_grad_(False).eval()
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -16,7 +16,7 @@ from torch import Generator, Tensor, nn
 from torch.distributions import Distribution
 from tqdm.auto import tqdm
 
-from rtb_inverse.checks import check_choice, check_count, check_positive
+from rtb_inverse.checks import check_choice, check_count, check_generator, check_positive
 from rtb_inverse.distributions import GaussianStep, along, draw
 from rtb_inverse.schedules import Schedule, expand
 
@@ -179,7 +179,7 @@ class Prior(Chain):
     @property
     def decodes(self) -> bool:
         """Whether `decode` is more than the identity."""
-        return type(self).decode is not Prior.decode
+        return "decode" in vars(self) or type(self).decode is not Prior.decode
 
     @property
     def differentiable(self) -> bool:
@@ -286,14 +286,19 @@ def rollout(
         n: draws per observation, N.
         y: observations (B, *y_shape); None for a chain that sees none (then B = 1).
         generator: source of all randomness.
-        start: states (N, B, *shape) at level `level` (time t_level) to start from, in place of x_T.
+        start: states (n, B, *shape) at level `level` (time t_level) to start from, in place of x_T.
         level: index of the level of `start`, 1 .. K; K is x_T.
         extra_noise: each step adds independent noise of `extra_noise` times its standard deviation (exploration).
         keep_means: keep the means of the steps as well.
         progress: show a progress bar.
     """
-    n, b = check_count("n", n), 1 if y is None else len(y)
-    times = chain.times if level is None else chain.times[chain.steps - check_count("level", level) :]
+    n, b, level = check_count("n", n), 1 if y is None else len(y), chain.steps if level is None else check_count("level", level)
+    check_generator(generator)
+    if level > chain.steps or (start is None and level < chain.steps):
+        raise ValueError(f"level must be at most the {chain.steps} steps of the chain, and all of them without a start, got {level}")
+    if start is not None and start.shape != (n, b, *chain.shape):
+        raise ValueError(f"start must have shape (n, B, *shape), {(n, b, *chain.shape)}, got {tuple(start.shape)}")
+    times = chain.times[chain.steps - level :]
     initial = chain.initial((n, b))
     x = draw(initial, generator) if start is None else start
     states, means, log_prob = [x], [], initial.log_prob(x) if start is None else x.new_zeros(x.shape[:2])
@@ -320,6 +325,8 @@ def renoise(chain: Chain, x: Tensor, generator: Generator | None = None, *, from
         States from the noisiest to x itself: (to_level - from_level + 1, *batch, *shape).
     """
     to_level = chain.steps if to_level is None else to_level
+    if not 0 <= from_level <= to_level <= chain.steps:
+        raise ValueError(f"from_level and to_level must be levels, 0 <= from <= to <= {chain.steps}, got {from_level} and {to_level}")
     levels = chain.times.flip(0)[from_level : to_level + 1]
     states = [x]
     for s, t in pairwise(levels):

@@ -4,6 +4,7 @@ import copy
 import importlib
 import json
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def resolve_folder(folder_or_hub_id: str | Path) -> Path:
-    """A local folder as it is; a hub id (owner/name) is downloaded, safetensors and JSON only."""
-    folder = Path(folder_or_hub_id)
+    """A local folder as it is, one that is shipped ("priors/digits") from anywhere; a hub id (owner/name) is downloaded, safetensors and
+    JSON only."""
+    folder = shipped(Path(folder_or_hub_id))
     if folder.is_dir():
         return folder
     text = str(folder_or_hub_id)
@@ -34,6 +36,14 @@ def resolve_folder(folder_or_hub_id: str | Path) -> Path:
         raise FileNotFoundError(
             f"folder_or_hub_id: {text!r} is neither a local folder nor a repository that the hub gave ({type(error).__name__}: {error})"
         ) from error
+
+
+def shipped(folder: Path) -> Path:
+    """A folder as it is where it is one; else, of "priors/...", that of the installed package."""
+    if folder.is_dir() or folder.parts[:1] != ("priors",):
+        return folder
+    places = getattr(find_spec("priors"), "submodule_search_locations", None) or []
+    return next((there for there in (Path(place, *folder.parts[1:]) for place in places) if there.is_dir()), folder)
 
 
 def read_json(file: Path) -> dict:

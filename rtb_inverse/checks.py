@@ -25,6 +25,12 @@ def check_seed(name: str, value) -> int:
     return seed
 
 
+def check_generator(generator) -> None:
+    """Raise TypeError where it is neither a torch.Generator nor None."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, as torch.Generator().manual_seed(0) makes one, got {generator!r}")
+
+
 def check_positive(name: str, value: float) -> float:
     """Return `value` as a float if it is a finite number above 0; raise ValueError otherwise."""
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf:

@@ -32,7 +32,7 @@ from rtb_inverse.diagnostics import (
     tarp,
 )
 from rtb_inverse.particles import Particles
-from rtb_inverse.posterior import Posterior
+from rtb_inverse.posterior import Posterior, check_posterior
 from rtb_inverse.problems import InverseProblem
 
 LEVELS = (0.5, 0.8, 0.9)
@@ -75,7 +75,7 @@ class Observations:
         return Observations(y, x, None if self.paths is None else replace(self.paths, x=self.paths.x.to(device), y=y))  # type: ignore[arg-type]
 
 
-@dataclass
+@dataclass(repr=False)
 class Report:
     """What `evaluate` found.
 
@@ -104,7 +104,17 @@ class Report:
 
     def __str__(self) -> str:
         tests = [f"{'p-value of ' + name:>28}  {p:.2g}" for name, p in self.p_values.items()]
-        return "\n".join([f"{name:>28}  {estimate}" for name, estimate in self.numbers.items()] + tests)
+        return "\n".join([f"{name:>28}  {estimate}{self._nominal(name)}" for name, estimate in self.numbers.items()] + tests)
+
+    __repr__ = __str__
+
+    def __getitem__(self, name: str) -> Estimate:
+        """One of the numbers."""
+        return self.numbers[name]
+
+    def _nominal(self, name: str) -> str:
+        level = self.settings.get("nominal_" + name.removeprefix("coverage_"))
+        return "" if level is None else f" (calibrated: {level:.3f})"
 
     def to_dict(self) -> dict:
         """For JSON; None where a number is not finite, and `notes` say why."""
@@ -161,7 +171,7 @@ class Report:
 @torch.no_grad()
 def simulate_observations(posterior: Posterior, n: int, generator: Generator | None = None, progress: bool = False) -> Observations:
     """n observations from the prior's own roll-outs: (path, x, y) draws of the joint distribution."""
-    paths = rollout(posterior.prior, check_count("n", n), None, generator, progress=progress)
+    paths = rollout(check_posterior(posterior).prior, check_count("n", n), None, generator, progress=progress)
     x = posterior.decode(paths.x_0[:, 0])
     y = posterior.problem.simulate(x, generator)
     # one path for each of n observations: (K + 1, N = 1, B = n, *shape)
@@ -171,7 +181,7 @@ def simulate_observations(posterior: Posterior, n: int, generator: Generator | N
 @torch.no_grad()
 def observe(posterior: Posterior, x: Tensor, generator: Generator | None = None) -> Observations:
     """Observations of clean examples x, (B, *data_shape)."""
-    x = check_tensor("x", x, posterior.prior.data_shape).to(posterior.gate.device, posterior.gate.dtype)
+    x = check_tensor("x", x, check_posterior(posterior).prior.data_shape).to(posterior.gate.device, posterior.gate.dtype)
     return Observations(posterior.problem.simulate(x, generator), x)
 
 
@@ -246,7 +256,7 @@ def evaluate(
     Raises:
         ValueError: for draws or weights that are NaN, or where all weights of an observation are 0.
     """
-    check_count("n", n, 2)
+    check_posterior(posterior), check_count("n", n, 2)
     start = time.perf_counter()
     held = observations if isinstance(observations, Observations) else Observations(observations)
     y = posterior.check_y(held.y)

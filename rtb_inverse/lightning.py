@@ -24,7 +24,7 @@ from rtb_inverse.data import ObservationData
 from rtb_inverse.diagnostics import log_mean_weight
 from rtb_inverse.evaluation import evaluate, observe, simulate_observations
 from rtb_inverse.objectives import half_square, rtb, tempered, vargrad, wake_sleep
-from rtb_inverse.posterior import Posterior
+from rtb_inverse.posterior import Posterior, check_posterior
 from rtb_inverse.training import denoising_loss, fit_head, line_search, path_backward, score, step_weights
 
 OBJECTIVES = ("rtb", "vargrad", "wake_sleep")
@@ -99,9 +99,7 @@ class PosteriorTraining(LightningModule):
     ):  # fmt: skip
         super().__init__()
         self.automatic_optimization = False
-        if not isinstance(posterior, Posterior):
-            raise TypeError(f"posterior must be a Posterior, got {type(posterior).__name__}")
-        self.posterior = posterior
+        self.posterior = check_posterior(posterior)
         if y is not None:
             y = one_observation(posterior, y)
             if len(y) != 1:

@@ -12,8 +12,18 @@ from torch.nn.functional import huber_loss
 from rtb_inverse.diagnostics import effective_sample_size
 
 
+def _check_paths(log_q: Tensor, **others: Tensor) -> None:
+    """Raise ValueError where log_q is not (N, B), or another of another shape: nothing here may broadcast."""
+    for name, value in {"log_q": log_q, **others}.items():
+        if value.ndim != 2 or value.shape != log_q.shape:
+            raise ValueError(f"{name} must have shape (N, B), as log_q, {tuple(log_q.shape)}, got {tuple(value.shape)}")
+
+
 def residual(log_q: Tensor, log_p: Tensor, log_lik: Tensor, log_z: Tensor) -> Tensor:
     """The RTB residual log Z + log q - log p - log lik, (N, B); log_z is (B,). Zero on all paths at the exact posterior."""
+    _check_paths(log_q, log_p=log_p, log_lik=log_lik)
+    if log_z.shape != log_q.shape[1:]:
+        raise ValueError(f"log_z must have shape (B,), {tuple(log_q.shape[1:])}, got {tuple(log_z.shape)}")
     return log_z[None, :] + log_q - log_p - log_lik
 
 
@@ -34,6 +44,7 @@ def rtb(log_q: Tensor, log_p: Tensor, log_lik: Tensor, log_z: Tensor, clip: floa
 def vargrad(log_q: Tensor, log_p: Tensor, log_lik: Tensor, clip: float | None = None) -> Tensor:
     """VarGrad (Richter et al. 2020, arXiv 2010.10436): RTB with log Z(y) estimated from the N >= 2 paths of each y, as the value that
     minimises the squares; half of the variance of the residuals within each y."""
+    _check_paths(log_q, log_p=log_p, log_lik=log_lik)
     if len(log_q) < 2:
         raise ValueError(f"vargrad needs at least 2 paths per observation, got {len(log_q)}")
     return half_square(residual(log_q, log_p, log_lik, group_log_z(log_q, log_p, log_lik)), clip)
@@ -47,6 +58,7 @@ def group_log_z(log_q: Tensor, log_p: Tensor, log_lik: Tensor) -> Tensor:
 def wake_sleep(log_q: Tensor, log_w: Tensor) -> Tensor:
     """Reweighted wake-sleep (Bornschein and Bengio 2015, arXiv 1406.2751): - sum_n softmax(log_w)_n log_q_n, mean over y. log_w are the
     exact log-weights log p + log lik - log (density that drew the path); they are not differentiated."""
+    _check_paths(log_q, log_w=log_w)
     return -(log_w.detach().softmax(0) * log_q).sum(0).mean()
 
 

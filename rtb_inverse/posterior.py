@@ -1,6 +1,7 @@
 r"""The trainable chain q(tau | y): a conditional copy of the prior's chain, and log Z(y)."""
 
 import copy
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,13 @@ from rtb_inverse.second_look import shares as second_look_shares
 WAVES_LIMIT = 128  # elements of an x whose Fourier features a perceptron sees
 REFERENCES_LIMIT = 64  # elements of a generator's z, from where none of its draws is near what a guide finds
 PAIRS = 16  # simulated ones, on which a guide learns what y tells
+
+
+def check_posterior(posterior) -> "Posterior":
+    """Return `posterior` if it is one; raise TypeError otherwise."""
+    if not isinstance(posterior, Posterior):
+        raise TypeError(f"posterior must be a Posterior, got {type(posterior).__name__}; Posterior(prior, problem) makes one")
+    return posterior
 
 
 class Posterior(Chain):
@@ -90,6 +98,9 @@ class Posterior(Chain):
         if self.start == "guided" and not can_guide:
             needs = "a differentiable operator (and decode) and a noise model of rtb_inverse.noise, or a prior of exact draws"
             raise ValueError(f"start='guided' needs {needs}; expected start='prior' here")
+        if self.start == "guided" and getattr(prior, "error", prior) is None:
+            how = "prior.measure_error() measures it, prior.save_pretrained(folder) keeps it"
+            warnings.warn(f"prior's error is not known: the guide takes x_0 for N(0, I), which costs much; {how}", stacklevel=2)
         self.lora_rank, self.width = lora_rank, width
         options = prior._options()
         self.gate = nn.Parameter(torch.ones(prior.steps, **options))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from rtb_inverse.checks import check_finite, check_tensor
+from rtb_inverse.checks import check_finite, check_generator, check_tensor
 from rtb_inverse.noise import GaussianNoise, Noise, noise_from_config
 from rtb_inverse.particles import check_below_infinity
 
@@ -38,7 +38,8 @@ class InverseProblem(nn.Module):
     """p(y | x) by an operator A and a noise model.
 
     Args:
-        operator: any callable from a batch of x, (M, *shape), to a batch of clean measurements, (M, *y_shape); or a matrix (m, d).
+        operator: any callable from a batch of x, (M, *shape), to a batch of clean measurements, (M, *y_shape); or a matrix (m, d). None
+            for a subclass that overrides `forward`, on (*batch, *shape), and so is its own.
         noise: a noise model, `GaussianNoise(std)` or another of `rtb_inverse.noise`; or a module of your own with `sample` and `log_prob`.
         shape: shape of one x. May be left out: `Posterior` tells it the prior's.
         linear: whether A is affine in x; tried out where it is not said, on a few x of the prior.
@@ -54,7 +55,7 @@ class InverseProblem(nn.Module):
         condition_level: the noise that `condition` reckons with, as a multiple of that of the problem: other than 1 inside a `NoiseRange`.
     """
 
-    operator: Callable[[Tensor], Tensor]
+    operator: Any  # called with a batch of x
     noise: Any  # a module with sample(clean, generator) and log_prob(clean, y, event_dim); see `noise.Noise` for what else it may know
     mask: Tensor | None
     config: dict | None = None
@@ -64,9 +65,12 @@ class InverseProblem(nn.Module):
     _check_clean = staticmethod(check_finite)
     _called = "operator"
 
-    def __init__(self, operator: Callable[[Tensor], Tensor] | Tensor, noise: nn.Module, shape=None, linear: bool | None = None):
+    def __init__(
+        self, operator: nn.Module | Callable[[Tensor], Tensor] | Tensor | None, noise: nn.Module, shape=None, linear: bool | None = None
+    ):  # fmt: skip
         super().__init__()
-        if not isinstance(operator, Tensor) and not callable(operator):
+        own = type(self).forward is not InverseProblem.forward
+        if not isinstance(operator, Tensor) and not callable(operator) and not (own and operator is None):
             raise TypeError(f"operator must be a callable or a matrix, got {type(operator).__name__}")
         if isinstance(operator, Tensor) and (operator.ndim != 2 or not operator.is_floating_point()):
             hint = "; torch.view_as_real makes a real one" if operator.is_complex() else ""
@@ -116,7 +120,7 @@ class InverseProblem(nn.Module):
             self.linear = was and self.linear
         elif x is not None and isinstance(self.noise, GaussianNoise):
             with torch.no_grad():
-                self._reach = float(self.operator(x.to(self.noise.std.device)).abs().max())
+                self._reach = float(self._measured(x.to(self.noise.std.device)).abs().max())
         return self
 
     def _probe(self, shape: torch.Size, examples: Tensor | None = None) -> None:
@@ -128,7 +132,7 @@ class InverseProblem(nn.Module):
         with torch.enable_grad():
             x.requires_grad_()
             try:
-                clean = self.operator(x)
+                clean = self._measured(x)
             except Exception as error:
                 raise ValueError(
                     f"{self._called} failed on x of shape {tuple(x.shape)}: {type(error).__name__}: {error} ({self.tried_in})"
@@ -148,6 +152,10 @@ class InverseProblem(nn.Module):
             self.noise.check_shape(clean.shape[1:])
         self.y_shape = clean.shape[1:]
 
+    def _measured(self, x: Tensor) -> Tensor:
+        """A of a batch (M, *shape), as it comes."""
+        return self.operator(x) if type(self).forward is InverseProblem.forward else self(x)
+
     def _check_batch(self, x: Tensor, clean: Any) -> Tensor:
         """`clean` if it is a tensor with the batch of x."""
         if not isinstance(clean, Tensor) or clean.ndim < 1 or len(clean) != len(x):
@@ -165,7 +173,7 @@ class InverseProblem(nn.Module):
         u = torch.cat([x, x + spread * noise])
         v, d = u.roll(1, 0), u.roll(2, 0) - u.roll(3, 0)
         try:
-            here, moved, back = self.operator(torch.cat([u, u + d, v - d])).chunk(3)
+            here, moved, back = self._measured(torch.cat([u, u + d, v - d])).chunk(3)
         except Exception as error:
             hint = "it is taken for one that is not affine; linear=True says that it is"
             warnings.warn(f"operator refused x about those of the prior ({type(error).__name__}: {error}): {hint}", stacklevel=2)
@@ -176,7 +184,7 @@ class InverseProblem(nn.Module):
 
     def _check_alone(self, x: Tensor, clean: Tensor) -> None:
         """That each element of a batch is seen by itself."""
-        alone = [self.operator(one[None]).detach() for one in x]
+        alone = [self._measured(one[None]).detach() for one in x]
         for one in alone:
             if one.shape != (1, *clean.shape[1:]):
                 was = f"{tuple(clean.shape)} and {tuple(one.shape)}"
@@ -202,6 +210,7 @@ class InverseProblem(nn.Module):
 
     def simulate(self, x: Tensor, generator: Generator | None = None) -> Tensor:
         """A draw y ~ p(y | x) for each x of (*batch, *shape)."""
+        check_generator(generator)
         return self.noise.sample(check_finite("operator's output", self(x)), generator)
 
     def log_likelihood(self, x: Tensor, y: Tensor) -> Tensor:
@@ -306,7 +315,7 @@ class InverseProblem(nn.Module):
         with torch.inference_mode(False), torch.enable_grad():
             points = (torch.zeros((1, *self.shape)) if self.linear else self._points()).to(y)
             x = points.repeat_interleave(len(y), 0).requires_grad_()
-            projected = torch.autograd.grad(self.operator(x), x, y.repeat(len(points), *(1,) * (y.ndim - 1)))[0]
+            projected = torch.autograd.grad(self._measured(x), x, y.repeat(len(points), *(1,) * (y.ndim - 1)))[0]
         return projected.detach().reshape(len(points), len(y), *self.shape).mean(0)
 
 
@@ -321,7 +330,7 @@ class Reward(InverseProblem):
     _check_clean = staticmethod(check_below_infinity)
     _called = "log_reward"
 
-    def __init__(self, log_reward: Callable[[Tensor], Tensor], shape=None):
+    def __init__(self, log_reward: nn.Module | Callable[[Tensor], Tensor], shape=None):
         super().__init__(log_reward, nn.Identity(), shape, linear=False)
 
     def _probe(self, shape, examples=None):

@@ -8,7 +8,7 @@ from rtb_inverse.checks import check_count
 from rtb_inverse.corrections.weights import path_log_weights, runs_within, thin
 from rtb_inverse.diagnostics import pareto_smooth
 from rtb_inverse.particles import Particles, check_possible
-from rtb_inverse.posterior import Posterior
+from rtb_inverse.posterior import Posterior, check_posterior
 
 
 @torch.no_grad()
@@ -38,7 +38,7 @@ def importance(
     Raises:
         ValueError: bad arguments; a likelihood of NaN or +inf; an observation all of whose draws have a likelihood of 0.
     """
-    check_count("n", n)
+    check_posterior(posterior), check_count("n", n)
     if batch_size is not None:
         check_count("batch_size", batch_size)
     runs, y = runs_within(budget, "importance", posterior), posterior.check_y(y)

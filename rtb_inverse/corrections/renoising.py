@@ -17,7 +17,7 @@ from rtb_inverse.corrections.weights import check_budget, log_likelihood, path_l
 from rtb_inverse.diagnostics import effective_draws, split_r_hat
 from rtb_inverse.distributions import GaussianStep, draw
 from rtb_inverse.particles import Particles, check_below_infinity, check_possible, systematic
-from rtb_inverse.posterior import Posterior
+from rtb_inverse.posterior import Posterior, check_posterior
 
 POOL = 4  # times as many draws as the starts that are resampled out of them
 GOAL = 0.25  # acceptance that the burn-in aims at
@@ -62,7 +62,8 @@ def renoise_mcmc(
     Raises:
         ValueError: bad arguments; a likelihood of NaN or +inf; an observation all of whose draws have a likelihood of 0.
     """
-    check_count("n", n), check_count("sweeps", sweeps), check_count("burn_in", burn_in, 0), check_count("candidates", candidates)
+    check_posterior(posterior), check_count("n", n), check_count("sweeps", sweeps), check_count("burn_in", burn_in, 0)
+    check_count("candidates", candidates)
     y = posterior.check_y(y)
     K, b = posterior.steps, 1 if y is None else len(y)
     costs = [(candidates + 1) * posterior.evaluations(level) for level in range(K + 1)]  # of a sweep

@@ -12,7 +12,7 @@ from rtb_inverse.corrections.weights import log_likelihood, runs_within, thin
 from rtb_inverse.diagnostics import effective_sample_size, log_mean_weight
 from rtb_inverse.distributions import draw
 from rtb_inverse.particles import Particles, check_possible, systematic
-from rtb_inverse.posterior import Posterior
+from rtb_inverse.posterior import Posterior, check_posterior
 
 FEWEST_PATHS, MOST_PATHS = 16, 256  # of a pilot, by default: in all, and for each observation
 
@@ -52,7 +52,7 @@ def smc(
         ValueError: bad arguments; "guide" where there is none; a likelihood of NaN or +inf; an observation all of whose particles have a
             weight of 0.
     """
-    check_count("n", n, 2)
+    check_posterior(posterior), check_count("n", n, 2)
     check_fraction("threshold", threshold)
     if pilot is not None and (isinstance(pilot, bool) or not isinstance(pilot, int) or pilot < 0 or pilot in (1, 2)):
         raise ValueError(f"pilot must be 0 or an integer of at least 3, got {pilot!r}")
