@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 import torch
 
-from priors import DiffusersPrior, DigitGenerator, GaussianPrior, MNISTClassifier, held_out_digits
+from priors import DiffusersPrior, DigitGenerator, GaussianPrior, MNISTClassifier, diffusers_prior, held_out_digits
 from rtb_inverse import (
     GaussianNoise,
     InverseProblem,
@@ -58,6 +58,18 @@ def test_a_prior_without_its_error_is_warned_of_and_measured(tmp_path):
         before = elbo()
     gain = (prior.measure_error(knots=16) and elbo()) - before
     assert float(gain.mean()) > 50 and float(gain.mean() / gain.std()) * 8**0.5 > 4
+
+
+def test_a_network_sees_no_more_states_at_once_than_fit(monkeypatch, generator):
+    """Of 48 states of 64 elements 10 at a time; all of them where gradients are asked for."""
+    prior, seen, x = DiffusersPrior.from_pretrained("priors/digits", steps=2), [], torch.randn((6, 8, 1, 8, 8), generator=generator)
+    prior.network.register_forward_pre_hook(lambda _, arguments: seen.append(len(arguments[0])))
+    with torch.no_grad():
+        whole = prior.denoise(x, prior.times[:1])
+        monkeypatch.setattr(diffusers_prior, "AT_ONCE", 640)
+        torch.testing.assert_close(prior.denoise(x, prior.times[:1]), whole, rtol=1e-5, atol=1e-5)
+    prior.denoise(x, prior.times[:1])
+    assert seen == [48, 10, 10, 10, 10, 8, 48]
 
 
 def test_a_decode_that_is_assigned_counts(generator):
