@@ -21,6 +21,7 @@ from rtb_inverse import (
     simulate_observations,
     smc,
 )
+from rtb_inverse.baselines import dps, fps_smc, psld, twisted
 from rtb_inverse.chains import renoise, rollout
 from tasks import Inpainting
 
@@ -137,6 +138,10 @@ POSTERIOR = r"posterior must be a Posterior, got GaussianPrior; Posterior\(prior
     [
         *((lambda f=f: f(white(), torch.ones((1, 1))), TypeError, POSTERIOR) for f in (importance, smc, renoise_mcmc, refine, evaluate)),
         (lambda: simulate_observations(white(), 3), TypeError, POSTERIOR),
+        *(
+            (lambda f=f: f(Posterior(white(), InverseProblem(torch.eye(2), GaussianNoise(1.0))), torch.ones((1, 2)), 8), TypeError,
+             "prior must be a Prior, got Posterior") for f in (dps, fps_smc, psld, twisted)
+        ),
         (lambda: rollout(white(), 3, generator=42), TypeError, r"generator must be a torch\.Generator, .* got 42"),
         (lambda: Inpainting((4,)).simulate(torch.zeros((1, 4)), 42), TypeError, r"generator must be a torch\.Generator, .* got 42"),
         (lambda: rollout(white(), 4, level=2), ValueError, "level must be at most the 8 steps .* all of them without a start, got 2"),

@@ -48,8 +48,8 @@ def dps(
         TypeError, ValueError: arguments that are none or do not fit; an operator without gradient; states that left the finite numbers,
             as a zeta that is too large makes them.
     """
-    check_count("n", n), check_positive("zeta", zeta)
     y = prepare(prior, problem, y)
+    check_count("n", n), check_positive("zeta", zeta)
     check_differentiable("dps", problem, prior)
     b = 1 if y is None else len(y)
     move = partial(residual_step, prior, problem, y=y, zeta=zeta, batch_size=batch_size)

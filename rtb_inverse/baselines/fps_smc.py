@@ -61,8 +61,8 @@ def fps_smc(
         TypeError, ValueError: arguments that are none or do not fit; an operator that is not affine, or too large for its matrix;
             another noise than Gaussian; a prior with a decoder; weights that are not finite.
     """
-    check_count("n", n, 2), check_fraction("threshold", threshold)
     y = prepare(prior, problem, y)
+    check_count("n", n, 2), check_fraction("threshold", threshold)
     observer = Observer.of(prior, problem)
     ys = noised_observations(prior, observer, y, generator)
 

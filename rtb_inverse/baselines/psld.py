@@ -44,8 +44,8 @@ def psld(
         TypeError, ValueError: arguments that are none or do not fit; an operator that is not linear; a prior without `encode`; states that
             left the finite numbers, as step sizes that are too large make them.
     """
-    check_count("n", n), check_positive("zeta", zeta), check_positive("gamma", gamma)
     y = prepare(prior, problem, y)
+    check_count("n", n), check_positive("zeta", zeta), check_positive("gamma", gamma)
     if y is None or not problem.linear or not isinstance(problem.noise, GaussianNoise):
         raise ValueError("problem must be linear under Gaussian noise for psld, got another; dps takes any")
     if not hasattr(prior, "encode"):

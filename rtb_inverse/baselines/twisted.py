@@ -51,8 +51,8 @@ def twisted(
     Raises:
         TypeError, ValueError: arguments that are none or do not fit; an operator without gradient; weights that are not finite.
     """
-    check_count("n", n, 2), check_fraction("threshold", threshold), check_positive("spread", spread)
     y = prepare(prior, problem, y)
+    check_count("n", n, 2), check_fraction("threshold", threshold), check_positive("spread", spread)
     check_differentiable("twisted", problem, prior)
     target = Posterior(prior, problem, "prior", network=torch.nn.Identity())  # its likelihood and errors; its network is never called
     b = 1 if y is None else len(y)
