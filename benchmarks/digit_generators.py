@@ -1,6 +1,7 @@
 """Posteriors in the noise space of the shipped generators of 8x8 digits, against Markov chains in z at equal evaluations of f:
 
-    python benchmarks/digit_generators.py [--seconds 60] [--problems box class] [--observations 8] [--draws 128] [--output FOLDER]
+    python benchmarks/digit_generators.py [--seconds 60] [--generators vae gan] [--problems box class] [--observations 8] [--draws 128]
+        [--sweeps 40 400] [--output FOLDER]
 
 For the VAE and the GAN: a box hidden, noise_std 0.1, and a class, by a small classifier that is trained here in seconds; y is simulated.
 The truth is 64 long chains of Hamiltonian Monte Carlo, of the box about the Laplace approximation, of a class from draws of the prior;
@@ -172,13 +173,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0, help="CPU seconds of each training")
     parser.add_argument("--observations", type=int, default=8)
     parser.add_argument("--draws", type=int, default=128, help="at most 256, half of the truth's")
+    parser.add_argument("--generators", nargs="+", default=["vae", "gan"], choices=["vae", "gan"])
     parser.add_argument("--problems", nargs="+", default=["box", "class"], choices=["box", "class"])
     parser.add_argument("--sweeps", nargs="*", type=int, default=[40, 400], help="of re-noising, two evaluations of f each")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)
     args = parser.parse_args()
     torch.set_num_threads(1)
     lines, seen = [f"| {' | '.join(HEAD)} |", "|---" * len(HEAD) + "|"], classifier()
-    for name in ("vae", "gan"):
+    for name in args.generators:
         known = {"box": Inpainting((1, 8, 8), mask="box", noise_std=0.1), "class": ClassConstraint(seen)}
         for label, problem in ((label, known[label]) for label in args.problems):
             comparison = Comparison(name, label, problem, args.observations, args.draws)
