@@ -41,8 +41,8 @@ zeta, spread = (tuned(f, prior, family, others, of_others, settings, 8, g, progr
 for name, sample in {
     f"posterior ({posterior.evaluations()} network evaluations)": partial(importance, posterior, y, n, g, progress=True),
     f"SMC ({posterior.evaluations() + prior.steps} a particle)": partial(smc, posterior, y, n, g, progress=True),
-    f"twisted SMC ({prior.steps}; {spread})": partial(twisted, prior, family, y, n, g, **spread, progress=True),
-    f"DPS ({prior.steps}; {zeta})": partial(dps, prior, family, y, n, g, **zeta, progress=True),
+    f"twisted SMC ({prior.steps}; spread {spread['spread']:g})": partial(twisted, prior, family, y, n, g, **spread, progress=True),
+    f"DPS ({prior.steps}; zeta {zeta['zeta']:g})": partial(dps, prior, family, y, n, g, **zeta, progress=True),
 }.items():
     z, said = judge(family, sample, y, x, g, name.startswith("posterior"))
     found.append(z)
