@@ -30,10 +30,10 @@ from torch.nn.functional import cross_entropy
 from priors import DigitGenerator, GeneratorPrior, digits
 from rtb_inverse import InverseProblem, Posterior, fit, importance, renoise_mcmc, simulate_observations, smc
 from rtb_inverse.baselines import hmc, pcn
-from rtb_inverse.chains import path_log_prob
 from rtb_inverse.diagnostics import Estimate, eubo, sliced_wasserstein
 from rtb_inverse.particles import Particles
 from rtb_inverse.plots import image_grid
+from rtb_inverse.training import score
 from tasks import ClassConstraint, Inpainting
 
 LONG = {"steps": 1200, "burn_in": 300, "leaps": 8, "kept": 8}  # the truth, 64 chains
@@ -130,9 +130,8 @@ class Comparison:
     @torch.no_grad()
     def upper(self, posterior: Posterior) -> Tensor:
         """The upper bound of log Z, of the prior's paths that made the y: (B,)."""
-        paths = self.held.paths
-        log_joint = path_log_prob(self.prior, paths) + posterior.log_likelihood(paths.x_0, self.y)
-        return eubo(log_joint - path_log_prob(posterior, paths))
+        log_q, log_p, log_lik = score(posterior, self.held.paths)
+        return eubo(log_p + log_lik - log_q)
 
     def trained(self, seconds: float, **options) -> Posterior:
         """For about that many CPU seconds."""

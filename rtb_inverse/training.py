@@ -13,7 +13,6 @@ from tqdm.auto import tqdm
 
 from rtb_inverse.chains import Bridges, Trajectory, chunks, path_log_prob, rollout, step_log_prob
 from rtb_inverse.checks import check_finite
-from rtb_inverse.networks import RANK
 from rtb_inverse.objectives import tempered
 from rtb_inverse.posterior import Posterior
 
@@ -73,8 +72,9 @@ def fit_head(
         weights = tempered(log_p + log_lik - log_q, COUNTS)[:, 0].softmax(0)
         picked = torch.multinomial(weights, COPIES * n, replacement=True, generator=generator)
         x_0 = paths.x_0[picked]
-        if len(head.basis) > RANK:
-            head.basis.copy_(principal(paths.x_0.flatten(1), weights, RANK))
+        d, r = head.basis.shape
+        if r < d:
+            head.basis.copy_(principal(paths.x_0.flatten(1), weights, r))
         found = torch.zeros_like(head.weight)
         head.weight.zero_()
         for k, t in enumerate(posterior.times[:-1].flip(0)[1:], 1):
@@ -89,18 +89,22 @@ def fit_head(
 def regress(known: Tensor, error: Tensor, half: Tensor) -> Tensor:
     """Ridge regression of error (M, r) on known (M, m), to (m, r): of `RIDGES` that by which one half of the rows (M,) tells most of the
     other half; 0 where none tells anything."""
+    halves = [(known[rows], error[rows]) for rows in (half, ~half)]
+    squares, products = [k.T @ k for k, _ in halves], [k.T @ e for k, e in halves]
 
-    def solve(rows: Tensor, ridge: float) -> Tensor:
-        square = known[rows].T @ known[rows]
-        square.diagonal().add_(ridge * max(1.0, float(rows.sum())))
-        return torch.linalg.solve(square, known[rows].T @ error[rows])
+    def solve(square: Tensor, product: Tensor, rows: int, ridge: float) -> Tensor:
+        return torch.linalg.solve(square + ridge * max(1, rows) * torch.eye(len(square)).to(square), product)
 
     def left(ridge: float) -> float:
         """Of the squared error, in the half that was not fitted."""
-        return sum(float((error[~rows] - known[~rows] @ solve(rows, ridge)).square().sum()) for rows in (half, ~half))
+        maps = [solve(square, product, len(k), ridge) for square, product, (k, _) in zip(squares, products, halves, strict=True)]
+        return sum(float((e - k @ found).square().sum()) for (k, e), found in zip(halves, maps[::-1], strict=True))
 
-    ridge = min(RIDGES, key=left)
-    return solve(torch.ones_like(half), ridge) if left(ridge) < float(error.square().sum()) else torch.zeros_like(known.T @ error)
+    losses = {ridge: left(ridge) for ridge in RIDGES}
+    best = min(losses, key=losses.__getitem__)
+    if losses[best] >= float(error.square().sum()):
+        return torch.zeros_like(products[0])
+    return solve(squares[0] + squares[1], products[0] + products[1], len(known), best)
 
 
 def principal(x: Tensor, weights: Tensor, r: int) -> Tensor:

@@ -1,18 +1,17 @@
 """What callers try who know the public names only: from another folder, with parts of their own, in the wrong order."""
 
 import shutil
-import sys
-from unittest import mock
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 
-from priors import DiffusersPrior, DigitGenerator, GaussianPrior, MNISTClassifier, diffusers_prior, held_out_digits
+from priors import DiffusersPrior, DigitGenerator, GaussianPrior, GeneratorPrior, MNISTClassifier, diffusers_prior, held_out_digits
 from rtb_inverse import (
     GaussianNoise,
     InverseProblem,
     Posterior,
-    cli,
+    Reward,
     evaluate,
     importance,
     objectives,
@@ -158,34 +157,19 @@ def test_a_wrong_call_gets_one_clear_error(call, error, message):
         call()
 
 
-def test_a_module_may_be_the_operator_in_yaml(tmp_path):
-    """And what it measures is what the posterior that was written measures."""
-    (tmp_path / "fit.yaml").write_text(f"""
-model:
-  class_path: rtb_inverse.PosteriorTraining
-  init_args:
-    posterior:
-      class_path: rtb_inverse.Posterior
-      init_args:
-        prior: {{class_path: priors.GaussianPrior.process, init_args: {{shape: 4, length_scale: 2.0, steps: 4}}}}
-        problem:
-          class_path: rtb_inverse.InverseProblem
-          init_args:
-            operator: {{class_path: torch.nn.Threshold, init_args: {{threshold: 0.0, value: 0.0}}}}
-            noise: {{class_path: rtb_inverse.GaussianNoise, init_args: {{std: 0.1}}}}
-        start: prior
-    states: 4
-    pool: 8
-    pool_start: 8
-    slots: 4
-    bounds: 0
-    output: {tmp_path / "posterior"}
-data: {{class_path: rtb_inverse.ObservationData}}
-trainer: {{max_steps: 1, accelerator: cpu, logger: false, enable_checkpointing: false, enable_progress_bar: false}}
-""")
-    with mock.patch.object(sys, "argv", ["rtb-inverse"]):  # Lightning warns where pytest was given options
-        cli.run(["fit", "--config", str(tmp_path / "fit.yaml")])
-    problem = InverseProblem(torch.nn.Threshold(0.0, 0.0), GaussianNoise(0.1))
-    loaded = Posterior.from_pretrained(tmp_path / "posterior", GaussianPrior.process(4, 2.0, steps=4), problem)
-    x = torch.randn((1, 1, 4, 4), generator=torch.Generator().manual_seed(0))
-    assert torch.equal(loaded.problem(x), x.clamp_min(0))
+@pytest.mark.parametrize(
+    ("owner", "name", "others"),
+    [
+        (InverseProblem, "operator", {"noise": {"class_path": "rtb_inverse.GaussianNoise", "init_args": {"std": 0.1}}}),
+        (Reward, "log_reward", {}),
+        (GeneratorPrior, "generator", {"shape": [4]}),
+    ],
+)
+def test_a_module_may_be_what_yaml_gives(owner, name, others):
+    """By the parser of the command line."""
+    parser, clipped = ArgumentParser(exit_on_error=False), {"class_path": "torch.nn.Threshold", "init_args": {"threshold": 0, "value": 0}}
+    parser.add_class_arguments(owner, "it", fail_untyped=False)
+    made = parser.instantiate_classes(parser.parse_object({"it": {name: clipped, **others}})).it
+    x = torch.randn((3, 4), generator=torch.Generator().manual_seed(0))
+    held = made.generator if owner is GeneratorPrior else made.operator
+    assert type(made) is owner and torch.equal(held(x), x.clamp_min(0))

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from priors import DiffusersPrior, GaussianPrior
-from rtb_inverse import GaussianNoise, InverseProblem, Posterior, fit, importance
+from rtb_inverse import GaussianNoise, InverseProblem, Posterior, fit, importance, networks
 from rtb_inverse.chains import path_log_prob, rollout
 from rtb_inverse.lightning import PosteriorTraining
-from rtb_inverse.training import fit_head
+from rtb_inverse.training import RIDGES, fit_head, principal, regress
 from tasks import PhaseRetrieval
 
 D = torch.float64
@@ -37,6 +37,41 @@ def test_a_linear_error_is_found(generator):
     fit_head(posterior, y, 4096, generator)
     left = (exact - importance(posterior, y, 512, generator).log_w.mean(0)).item()
     assert gap > 0.1 and abs(left) < 0.1 * gap
+
+
+def test_principal_directions_are_those_of_the_weighted_covariance(generator):
+    x, weights = torch.randn((40, 5), generator=generator, dtype=D) * torch.arange(1.0, 6.0), torch.rand(40, generator=generator, dtype=D)
+    basis = principal(x, weights / weights.sum(), 2)
+    covariance = torch.cov(x.T, aweights=weights, correction=0)
+    torch.testing.assert_close(basis @ basis.T @ covariance, covariance @ basis @ basis.T)
+    torch.testing.assert_close(torch.diag(basis.T @ covariance @ basis), torch.linalg.eigvalsh(covariance).flip(0)[:2])
+    assert principal(x[:2], weights[:2] / weights[:2].sum(), 4).shape == (5, 4)
+
+
+def test_a_large_x_is_corrected_within_its_principal_directions(monkeypatch, generator):
+    """Three of four: less of the gap is left, the paths keep their densities, and nothing moves outside of the directions."""
+    monkeypatch.setattr(networks, "RANK", 3)
+    posterior, y, exact = spoilt(generator)
+    gap = (exact - importance(posterior, y, 512, generator).log_w.mean(0)).item()
+    head = posterior.hold_head()
+    fit_head(posterior, y, 4096, generator)
+    left = (exact - importance(posterior, y, 512, generator).log_w.mean(0)).item()
+    assert head.basis.shape == (4, 3) and left < 0.8 * gap
+    torch.testing.assert_close(head.basis.T @ head.basis, torch.eye(3, dtype=D))
+    paths = rollout(posterior, 4, y, generator)
+    torch.testing.assert_close(path_log_prob(posterior, paths), paths.log_prob)
+    t, estimate = posterior.times[2], torch.zeros(7, 1, 4, dtype=D)
+    moved = head(paths.x[2, :1].expand(7, 1, 4), t, posterior.step_index(t), estimate) - estimate
+    torch.testing.assert_close(moved @ head.basis @ head.basis.T, moved)
+
+
+def test_nothing_is_learnt_of_noise(generator):
+    known, error = (torch.randn((60, n), generator=generator, dtype=D) for n in (20, 3))
+    half = torch.arange(60) % 2 == 0
+    assert not regress(known, error, half).any()
+    true, square = torch.randn((20, 3), generator=generator, dtype=D), known.T @ known
+    expected = torch.linalg.solve(square + 60 * RIDGES[0] * torch.eye(20, dtype=D), square @ true)
+    torch.testing.assert_close(regress(known, known @ true, half), expected)
 
 
 def test_a_head_of_zeros_changes_nothing(generator):
