@@ -2,9 +2,10 @@
 
     python benchmarks/specialise.py [--amortised 0] [--steps 100] [--observations 6]
 
-    phase retrieval, and lensing by a family of lenses, of the shipped 8x8 digits; the guided posterior, trained for --amortised steps on
-    all y, then `fit(posterior, steps, y=y_obs)`, once for each of a few observations: in one step, so that all there is is the linear
-    correction in closed form, and in --steps of them, with replay and backtracking
+    phase retrieval, and lensing by a family of lenses, of the shipped 8x8 digits and of the 32x32 galaxies (as in
+    scripts/lensing_galaxies.py); the guided posterior, trained for --amortised steps on all y, then `fit(posterior, steps, y=y_obs)`, once
+    for each of a few observations: in one step, so that all there is is the linear correction in closed form, and in --steps of them,
+    with replay and backtracking
 
 Before and after, with 128 draws: ELBO, importance-sampled log Z, EUBO (the weight of the one path of the prior that made the y),
 effective sample size, log-likelihood of the draws; means and standard errors over observations, and those of the gains. One thread;
@@ -26,7 +27,7 @@ from rtb_inverse.evaluation import Observations
 from rtb_inverse.training import score
 from tasks import Inpainting, Lensing, LensingFamily, PhaseRetrieval
 
-PROBLEMS = ["phase retrieval", "lensing, any lens", "inpainting, box"]
+PROBLEMS = ["phase retrieval", "lensing, any lens", "inpainting, box", "lensing of galaxies"]
 WHAT = ("ELBO", "log Z", "EUBO", "ESS", "log-likelihood")
 
 
@@ -50,12 +51,14 @@ def main() -> None:
     parser.add_argument("--problems", nargs="+", default=PROBLEMS, choices=PROBLEMS)
     o = parser.parse_args()
     torch.set_num_threads(1)
-    prior = DiffusersPrior.from_pretrained("priors/digits")
-    lenses = LensingFamily(Lensing(prior.shape, pixels=16, noise_std=0.1, sky=-1.0))
-    known = dict(zip(PROBLEMS, (PhaseRetrieval(prior.shape), lenses, Inpainting(prior.shape, "box")), strict=True))
+    digits, galaxies = (DiffusersPrior.from_pretrained(f"priors/{name}") for name in ("digits", "galaxies"))
+    small = LensingFamily(Lensing(digits.shape, pixels=16, noise_std=0.1, sky=-1.0))
+    large = LensingFamily(Lensing(galaxies.shape, 32, centre=(0.2, 0.1), image_fov=2.8, noise_std=0.1, sky=-1.0), (0.4, 0.7))
+    problems = (PhaseRetrieval(digits.shape), small, Inpainting(digits.shape, "box"), large)
+    known = dict(zip(PROBLEMS, problems, strict=True))
     print(f"| problem | posterior | {' | '.join(WHAT)} | CPU s per y |\n|---|---|{'---|' * len(WHAT)}---|")
     for title, problem in ((title, known[title]) for title in o.problems):
-        posterior = Posterior(prior, problem)
+        posterior = Posterior(galaxies if problem is large else digits, problem)
         held = simulate_observations(posterior, o.observations, Generator().manual_seed(0))
         if o.amortised:
             fit(posterior, o.amortised, seed=0, warm_start=1.0, lr=1e-3, bounds=0, progress=False)

@@ -18,6 +18,7 @@ from rtb_inverse.averaging import ExponentialMovingAverage
 from rtb_inverse.checkpoints import load_into, load_weights, read_json, save_tensors, shipped, write_json
 from rtb_inverse.checks import check_count, check_number, check_positive, check_writable
 from rtb_inverse.prior_training import generator_of_step
+from rtb_inverse.randomness import standard_normal
 
 SHAPE = (1, 8, 8)
 FILE, CONFIG = "generator.safetensors", "generator_config.json"
@@ -108,7 +109,7 @@ class GANTraining(LightningModule):
         self.blur, self.ema = check_number("blur", blur, 0), ExponentialMovingAverage(self.generator.parameters(), ema_decay)
 
     def judge(self, x: Tensor, generator: Generator) -> Tensor:
-        noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        noise = standard_normal(x, generator)
         return self.critic((x + self.blur * noise).flatten(1))[:, 0]
 
     def make(self, n: int, generator: Generator) -> Tensor:

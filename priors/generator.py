@@ -18,6 +18,7 @@ from rtb_inverse.chains import Prior
 from rtb_inverse.checks import check_count
 from rtb_inverse.distributions import GaussianStep
 from rtb_inverse.networks import gaussian_error, gaussian_estimate
+from rtb_inverse.randomness import fixed_normal, standard_normal
 from rtb_inverse.schedules import Schedule
 
 
@@ -65,7 +66,7 @@ class GeneratorPrior(Prior):
     @torch.enable_grad()
     def _probe(self) -> torch.Size:
         """The shape of one x."""
-        z = torch.randn((2, *self.shape), generator=torch.Generator().manual_seed(0)).to(**self._options())
+        z = fixed_normal(0, (2, *self.shape)).to(**self._options())
         try:
             x = self.generator(z)
         except Exception as error:
@@ -108,7 +109,7 @@ class GeneratorPrior(Prior):
 
     def sample(self, n, generator=None, progress=False):
         """n draws of z (n, *shape), without the chain; `decode` makes x of them."""
-        return torch.randn((n, *self.shape), generator=generator, **self._options())
+        return standard_normal(self.anchor, generator, (n, *self.shape))
 
     def denoise(self, x_t, t):
         return gaussian_estimate(self, x_t, t.to(x_t.device))[0]

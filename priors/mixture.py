@@ -10,6 +10,7 @@ posterior of a linear Gaussian measurement is another mixture: the exact posteri
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from rtb_inverse.checkpoints import WEIGHTS, load_into, load_weights, read_json,
 from rtb_inverse.checks import check_positive
 from rtb_inverse.denoiser_error import DenoiserError
 from rtb_inverse.distributions import SeededDistribution
+from rtb_inverse.randomness import seeded, standard_normal, uniform
 from rtb_inverse.schedules import CLEAN, Schedule, VariancePreserving, schedule_from_config
 
 
@@ -75,12 +77,11 @@ class GaussianMixture(SeededDistribution):
     def sample(self, sample_shape=torch.Size(), generator=None):
         shape = torch.Size(sample_shape) + self.batch_shape
         J, d = self.centre.shape[-2:]
-        options = {"generator": generator, "device": self.centre.device, "dtype": self.centre.dtype}
-        uniform = torch.rand((*shape, J), **options).clamp_min(1e-30)
-        j = (self.logits - (-uniform.log()).log()).argmax(-1)  # Gumbel's way to draw from softmax(logits)
+        u = uniform((*shape, J), self.centre, generator).clamp_min(1e-30)
+        j = (self.logits - (-u.log()).log()).argmax(-1)  # Gumbel's way to draw from softmax(logits)
         pick = j[..., None, None].expand(*shape, 1, d)
         centre, scale = (c.expand(*shape, J, d).gather(-2, pick)[..., 0, :] for c in (self.centre, self.scale))
-        z = centre + scale * torch.randn((*shape, d), **options)
+        z = centre + scale * standard_normal(self.centre, generator, (*shape, d))
         if self.basis.ndim == 3:
             return torch.einsum("...de,...e->...d", self.basis[j], z)
         basis = self.basis.expand(*shape, J, d, d).gather(-3, pick[..., None].expand(*shape, 1, d, d))[..., 0, :, :]
@@ -263,10 +264,10 @@ class GaussianMixturePrior(Prior):
         cls, d: int, components: int = 25, seed: int = 0, dtype: torch.dtype = torch.float32, steps: int = 40, **options
     ) -> "GaussianMixturePrior":
         """A mixture for tests and benchmarks: means N(0, 4^2 I), full covariances with eigenvalues in [0.1, 1], uneven weights."""
-        generator = torch.Generator().manual_seed(seed)
+        of: dict[str, Any] = {"generator": seeded(seed), "dtype": torch.float64, "device": "cpu"}
         check_positive("components", components)
-        means = 4 * torch.randn((components, d), generator=generator, dtype=torch.float64)
-        Q = torch.linalg.qr(torch.randn((components, d, d), generator=generator, dtype=torch.float64))[0]
-        eigenvalues = 0.1 + 0.9 * torch.rand((components, d), generator=generator, dtype=torch.float64)
-        weights = 0.5 + torch.rand(components, generator=generator, dtype=torch.float64)
+        means = 4 * torch.randn((components, d), **of)
+        Q = torch.linalg.qr(torch.randn((components, d, d), **of))[0]
+        eigenvalues = 0.1 + 0.9 * torch.rand((components, d), **of)
+        weights = 0.5 + torch.rand(components, **of)
         return cls(weights.to(dtype), means.to(dtype), ((Q * eigenvalues[:, None, :]) @ Q.mT).to(dtype), steps=steps, **options)

@@ -9,6 +9,7 @@ from torch import Generator, Tensor
 
 from rtb_inverse.checks import check_number, check_positive, check_writable
 from rtb_inverse.prior_training import generator_of_step
+from rtb_inverse.randomness import standard_normal
 
 
 class VariationalTraining(LightningModule):
@@ -38,7 +39,7 @@ class VariationalTraining(LightningModule):
     def loss(self, x: Tensor, generator: Generator | None = None) -> Tensor:
         """Of images x (M, C, H, W), per image; for kl = 1 minus their evidence bound, but for a constant."""
         mean, log_std = self.encode(x)
-        z = mean + log_std.exp() * torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+        z = mean + log_std.exp() * standard_normal(mean, generator)
         misfit = (x - self.decode(z)).square().flatten(1).sum(1) / (2 * self.std**2)
         return (misfit + self.kl / 2 * (mean**2 + (2 * log_std).exp() - 1 - 2 * log_std).flatten(1).sum(1)).mean()
 

@@ -16,8 +16,9 @@ from torch import Generator, Tensor, nn
 from torch.distributions import Distribution
 from tqdm.auto import tqdm
 
-from rtb_inverse.checks import check_choice, check_count, check_generator, check_positive
+from rtb_inverse.checks import check_choice, check_count, check_positive
 from rtb_inverse.distributions import GaussianStep, along, draw
+from rtb_inverse.randomness import fixed_normal, standard_normal
 from rtb_inverse.schedules import Schedule, expand
 
 VARIANCES = ("analytic", "small", "large")
@@ -185,7 +186,7 @@ class Prior(Chain):
     def differentiable(self) -> bool:
         """Whether `decode` has a gradient that is not 0 at each of a few x_0 ~ N(0, I), as that of a rounded image; found once."""
         if self._differentiable is None:
-            tried = torch.randn((PROBES, 1, *self.shape), generator=torch.Generator().manual_seed(0)).to(**self._options())
+            tried = fixed_normal(0, (PROBES, 1, *self.shape)).to(**self._options())
             self._differentiable = not self.decodes or any(self._has_gradient(x_0.requires_grad_()) for x_0 in tried.unbind())
         return self._differentiable
 
@@ -293,7 +294,6 @@ def rollout(
         progress: show a progress bar.
     """
     n, b, level = check_count("n", n), 1 if y is None else len(y), chain.steps if level is None else check_count("level", level)
-    check_generator(generator)
     if level > chain.steps or (start is None and level < chain.steps):
         raise ValueError(f"level must be at most the {chain.steps} steps of the chain, and all of them without a start, got {level}")
     if start is not None and start.shape != (n, b, *chain.shape):
@@ -306,7 +306,7 @@ def rollout(
         step = chain.transition(x, t, s, y)
         x = draw(step, generator)
         if extra_noise > 0:
-            noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+            noise = standard_normal(x, generator)
             x = x + extra_noise * step.stddev * noise
         log_prob = log_prob + step.log_prob(x)
         states.append(x)
@@ -331,7 +331,7 @@ def renoise(chain: Chain, x: Tensor, generator: Generator | None = None, *, from
     states = [x]
     for s, t in pairwise(levels):
         a, b = chain.schedule.forward_step(s, t)
-        noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        noise = standard_normal(x, generator)
         states.append(a.to(x.dtype) * states[-1] + b.to(x.dtype) * noise)
     return torch.stack(states[::-1])
 
@@ -372,7 +372,7 @@ def step_shares(prior: "Prior") -> Tensor:
 
 def noised_bridges(prior: Prior, x_0: Tensor, k: Tensor, generator: Generator) -> Bridges:
     """Noise each x_0 (M, *shape) to the level before transition k (M,); x_s between it and x_0 is the forward process's."""
-    noise = torch.randn(x_0.shape, generator=generator, device=x_0.device, dtype=x_0.dtype)
+    noise = standard_normal(x_0, generator)
     x_t = prior.schedule.add_noise(x_0, noise, prior.times.to(x_0.device)[k])
     return Bridges(k, x_t, *forward_bridge(prior, k, x_t, x_0))
 

@@ -25,12 +25,6 @@ def check_seed(name: str, value) -> int:
     return seed
 
 
-def check_generator(generator) -> None:
-    """Raise TypeError where it is neither a torch.Generator nor None."""
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator must be a torch.Generator, as torch.Generator().manual_seed(0) makes one, got {generator!r}")
-
-
 def check_positive(name: str, value: float) -> float:
     """Return `value` as a float if it is a finite number above 0; raise ValueError otherwise."""
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf:
@@ -97,11 +91,6 @@ def check_writable(name: str, folder: str | os.PathLike) -> Path:
             return folder
     except OSError as error:
         raise ValueError(f"{name} must be a folder that can be written to, got {str(folder)!r} ({error.strerror})") from error
-
-
-def seeded(seed: int) -> torch.Generator:
-    """A generator of its own, on the CPU, so that a seed means the same on every device. ValueError: as in `check_seed`."""
-    return torch.Generator().manual_seed(check_seed("seed", seed))
 
 
 def check_fraction(name: str, value: float) -> float:

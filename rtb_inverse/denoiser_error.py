@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Generator, Tensor, nn
 
+from rtb_inverse.randomness import standard_normal
 from rtb_inverse.schedules import Schedule, expand, rows
 
 LARGEST = 4096  # elements of an x whose correlations are measured
@@ -52,7 +53,7 @@ class DenoiserError(nn.Module):
         chosen = torch.linspace(0, len(times) - 1, min(factor_knots, len(times))).round().long().tolist()
         variance, factors = [], []
         for j, t in enumerate(times):
-            noise = torch.randn(x_0.shape, generator=generator, device=x_0.device, dtype=x_0.dtype)
+            noise = standard_normal(x_0, generator)
             error = (denoise(schedule.add_noise(x_0, noise, t), t) - x_0).double()
             error = error.reshape(-1, *x_0.shape[x_0.ndim - event_dim :])
             variance.append(error.square().mean(0))

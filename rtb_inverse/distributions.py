@@ -8,6 +8,7 @@ import torch
 from torch import Generator, Tensor
 from torch.distributions import Distribution, constraints
 
+from rtb_inverse.randomness import generator_on, standard_normal
 from rtb_inverse.schedules import expand
 
 
@@ -25,7 +26,7 @@ def draw(distribution: Distribution, generator: Generator | None = None) -> Tens
 @contextmanager
 def global_state_from(generator: Generator) -> Iterator[None]:
     """For what knows the global random state only (torch's distributions, dropout): seeded from the generator, and restored afterwards."""
-    seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+    seed = int(torch.randint(2**62, (), generator=generator_on(torch.device("cpu"), generator), device="cpu"))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
@@ -98,8 +99,7 @@ class GaussianStep(SeededDistribution):
         return self.scale * self._along_basis(self.scale * v, self.ratio**2 - 1)
 
     def rsample(self, sample_shape=torch.Size(), generator=None):
-        shape = torch.Size(sample_shape) + self.loc.shape
-        noise = torch.randn(shape, generator=generator, device=self.loc.device, dtype=self.loc.dtype)
+        noise = standard_normal(self.loc, generator, torch.Size(sample_shape) + self.loc.shape)
         if self.basis is not None:
             noise = self._along_basis(noise, self.ratio - 1)
         return self.loc + self.scale * noise

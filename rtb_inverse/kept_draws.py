@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from rtb_inverse.chains import Prior
 from rtb_inverse.checks import check_tensor
 from rtb_inverse.problems import GaussianNoise, InverseProblem
+from rtb_inverse.randomness import standard_normal
 from rtb_inverse.references import AT_ONCE, DECODED, IDLE, Draws, weighted_mean
 from rtb_inverse.schedules import expand
 
@@ -162,7 +163,7 @@ class KeptDraws(Draws):
         log_lik[:, :P] = -torch.inf
         steps = list(enumerate(prior.times[:-1].flip(0)))[::-1]
         for k, t in tqdm(steps, "measuring what they say", delay=5, leave=False):
-            noise = torch.randn(x_0.shape, generator=generator, device=x_0.device, dtype=x_0.dtype)
+            noise = standard_normal(x_0, generator)
             x_t, times = prior.schedule.add_noise(x_0, noise, t), t.to(x_0.device).expand(P)
             estimate = guided(x_t[None], t, y)[0]
             self.regressed[k], gain = worth(x_0 - estimate, mean - estimate)

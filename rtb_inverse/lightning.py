@@ -469,16 +469,20 @@ def fit(
         options: of `PosteriorTraining`.
     """
     check_count("steps", steps)
+    device = posterior.gate.device
     module = PosteriorTraining(posterior, y, data, seed=seed, **options)
     settings: dict[str, Any] = {
-        "accelerator": "cpu" if posterior.gate.device.type == "cpu" else "auto",
+        "accelerator": "cpu" if device.type == "cpu" else "auto",
         "devices": 1,
         "logger": False,
         "enable_checkpointing": False,
     }
     settings |= {"enable_model_summary": False, "enable_progress_bar": progress, "callbacks": [TQDMProgressBar()] if progress else []}
-    with quiet():
-        Trainer(max_steps=steps, max_epochs=1, **(settings | (trainer or {}))).fit(module, ObservationData())
+    try:
+        with quiet():
+            Trainer(max_steps=steps, max_epochs=1, **(settings | (trainer or {}))).fit(module, ObservationData())
+    finally:
+        posterior.to(device)  # lightning leaves a module on the CPU
     return posterior
 
 

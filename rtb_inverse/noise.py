@@ -36,6 +36,7 @@ from torch.distributions import (
 
 from rtb_inverse.distributions import draw
 from rtb_inverse.noise_distributions import PoissonPlusNormal, QuantisedNormal, above_zero
+from rtb_inverse.randomness import generator_on, standard_normal
 
 REACH = 8  # standard deviations; a Gaussian has 1e-15 of its mass beyond
 
@@ -167,7 +168,7 @@ class GaussianNoise(Noise):
         return Normal(clean, self.std.to(clean.dtype).expand(clean.shape), validate_args=False)
 
     def sample(self, clean: Tensor, generator: Generator | None = None) -> Tensor:
-        noise = torch.randn(clean.shape, generator=generator, device=clean.device, dtype=clean.dtype)
+        noise = standard_normal(clean, generator)
         return clean + self.std.to(clean.dtype) * noise
 
     def log_prob(self, clean: Tensor, y: Tensor, event_dim: int) -> Tensor:
@@ -248,7 +249,7 @@ class CorrelatedGaussianNoise(Noise):
 
     def sample(self, clean, generator=None):
         flat = self._flat(clean)
-        noise = torch.randn(flat.shape, generator=generator, device=clean.device, dtype=clean.dtype)
+        noise = standard_normal(clean, generator, flat.shape)
         return clean + (noise @ self.scale_tril.to(clean.dtype).T).reshape(clean.shape)
 
     def log_prob(self, clean, y, event_dim):
@@ -397,7 +398,7 @@ class PoissonNoise(RateNoise):
         return log_p.where(allowed, -torch.inf)[..., 0, :].to(clean.dtype)
 
     def _draw(self, clean, generator):
-        return torch.poisson(self.rate(clean), generator=generator)
+        return torch.poisson(self.rate(clean), generator=generator_on(clean.device, generator))
 
 
 class NegativeBinomialNoise(PoissonNoise):
@@ -458,7 +459,7 @@ class BernoulliNoise(Noise):
         return (y == 0) | (y == 1)
 
     def _draw(self, clean, generator):
-        return torch.bernoulli(clean.sigmoid(), generator=generator)
+        return torch.bernoulli(clean.sigmoid(), generator=generator_on(clean.device, generator))
 
 
 class QuantisedNoise(Noise):

@@ -3,10 +3,11 @@ r"""Distributions of measurements that torch has not: counts read out with Gauss
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.special import log_ndtr, ndtr
 
 from rtb_inverse.distributions import SeededDistribution
+from rtb_inverse.randomness import generator_on, standard_normal
 
 FAR = 40.0  # standard deviations; a Gaussian has 1e-350 of its mass beyond
 
@@ -33,8 +34,8 @@ class PoissonPlusNormal(SeededDistribution):
 
     def sample(self, sample_shape=torch.Size(), generator=None):
         rate = self.rate.expand(torch.Size(sample_shape) + self.rate.shape)
-        noise = torch.randn(rate.shape, generator=generator, device=rate.device, dtype=rate.dtype)
-        return torch.poisson(rate, generator=generator) + self.std * noise
+        noise = standard_normal(rate, generator)
+        return torch.poisson(rate, generator=generator_on(rate.device, generator)) + self.std * noise
 
     def log_prob(self, y):
         rate = above_zero(self.rate)
@@ -86,13 +87,13 @@ class QuantisedNormal(SeededDistribution):
 
     def sample(self, sample_shape=torch.Size(), generator=None):
         loc = self.loc.expand(torch.Size(sample_shape) + self.loc.shape)
-        noise = torch.randn(loc.shape, generator=generator, device=loc.device, dtype=loc.dtype)
+        noise = standard_normal(loc, generator)
         return torch.bucketize(loc + self.std * noise, self.edges).to(loc.dtype)
 
     def log_prob(self, y):
         bin = y.nan_to_num().long().clamp(0, len(self.edges))  # any bin, for a y that is none: `Noise.log_prob` gives that -inf
-        ends = nn.functional.pad(self.edges, (1, 1), value=torch.inf)
-        ends[0] = -torch.inf
+        infinity = self.edges.new_full((1,), torch.inf)
+        ends = torch.cat([-infinity, self.edges, infinity])
         return log_interval((ends[bin] - self.loc) / self.std, (ends[bin + 1] - self.loc) / self.std)
 
 

@@ -13,6 +13,7 @@ from rtb_inverse.checkpoints import class_path, own_class
 from rtb_inverse.checks import check_finite, check_positive, check_tensor
 from rtb_inverse.noise import GaussianNoise
 from rtb_inverse.problems import InverseProblem
+from rtb_inverse.randomness import uniform
 
 
 class NoiseLevel(nn.Module):
@@ -34,7 +35,7 @@ class NoiseLevel(nn.Module):
 
     def sample_log(self, shape, like: Tensor, generator: Generator | None = None) -> Tensor:
         """log l, of `shape`, in the dtype of `like`."""
-        share = torch.rand(shape, generator=generator, device=like.device, dtype=like.dtype)
+        share = uniform(shape, like, generator)
         return self.low.log().to(like) + share * (self.high / self.low).log().to(like)
 
 

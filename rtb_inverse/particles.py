@@ -8,6 +8,7 @@ import torch
 from torch import Generator, Tensor
 
 from rtb_inverse.checks import check_count, check_finite
+from rtb_inverse.randomness import uniform
 
 
 @dataclass(repr=False)
@@ -96,12 +97,11 @@ def systematic(log_w: Tensor, n: int, generator: Generator | None = None) -> Ten
     """Indices (n, B) of a systematic resampling by log-weights (N, B), in random order; never one of weight 0."""
     B = check_possible("log_w", log_w).shape[1]
     cumulative = log_w.double().softmax(0).cumsum(0).T.contiguous()
-    options: dict[str, Any] = {"generator": generator, "device": log_w.device}
-    u = (torch.arange(n, device=log_w.device) + torch.rand((B, 1), dtype=torch.float64, **options)) / n
+    u = (torch.arange(n, device=log_w.device) + uniform((B, 1), log_w, generator, torch.float64)) / n
     total = cumulative[:, -1:].contiguous()
     last = torch.searchsorted(cumulative, total)  # of a weight above 0
     index = torch.searchsorted(cumulative, u * total, right=True).minimum(last)
-    return index.gather(1, torch.rand((B, n), **options).argsort(1)).T
+    return index.gather(1, uniform((B, n), log_w, generator, torch.float32).argsort(1)).T
 
 
 def check_below_infinity(name: str, value: Tensor) -> Tensor:

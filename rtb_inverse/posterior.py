@@ -362,8 +362,8 @@ class Posterior(Chain):
 
     def check_y(self, y: Tensor | None) -> Tensor | None:
         """y in the chain's device and dtype if it is a finite batch (B, *y_shape)."""
-        y = self.problem.check_y(y)
-        return y if y is None else y.to(self.gate.device, self.gate.dtype)
+        y = self.problem.check_y(y.to(self.gate.device) if isinstance(y, Tensor) else y)
+        return y if y is None else y.to(self.gate.dtype)
 
     def weights(self) -> dict[str, Tensor]:
         """State of everything but the prior, and the problem as the guide has it."""

@@ -16,6 +16,7 @@ from rtb_inverse.checkpoints import ERROR_FILE, WEIGHTS, load_into, load_weights
 from rtb_inverse.checks import check_count, check_positive, check_tensor, check_writable
 from rtb_inverse.denoiser_error import DenoiserError
 from rtb_inverse.distributions import global_state_from
+from rtb_inverse.randomness import standard_normal
 from rtb_inverse.schedules import schedule_from_config
 
 ODD = 2654435761  # apart by it, the steps of one seed and the next have no numbers in common
@@ -69,7 +70,7 @@ class PriorTraining(LightningModule):
         """Mean weighted squared error on clean x_0, (M, *shape)."""
         grid = self.schedule.times(1000).to(x_0.device)[:-1]
         t = grid[torch.randint(len(grid), x_0.shape[:1], generator=generator, device=x_0.device)]
-        noise = torch.randn(x_0.shape, generator=generator, device=x_0.device, dtype=x_0.dtype)
+        noise = standard_normal(x_0, generator)
         x_t = self.schedule.add_noise(x_0, noise, t)
         output = self.network(x_t, self.schedule.network_time(t).to(x_0.dtype)).sample
         error = (output - self.schedule.target(x_0, noise, t)).square().flatten(1).mean(1)

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from rtb_inverse.checks import check_finite, check_generator, check_tensor
+from rtb_inverse.checks import check_finite, check_tensor
 from rtb_inverse.noise import GaussianNoise, Noise, noise_from_config
 from rtb_inverse.particles import check_below_infinity
+from rtb_inverse.randomness import fixed_normal
 
 BEYOND = 10  # standard deviations of Gaussian noise, beyond which a y is a mistake (of its units, say)
 FAR = 30  # times what draws of the prior give and noise adds: beyond, y may be in other units
@@ -98,7 +99,7 @@ class InverseProblem(nn.Module):
         return cls(weights["operator.matrix"], noise_from_config(config["noise"], held))
 
     def bind(self, shape, x: Tensor | None = None) -> "InverseProblem":
-        """Fix the shape of x, and try the operator on a few x of that shape. Returns itself.
+        """Fix the shape of x, and try the operator on a few x of that shape. Returns itself, moved to where these x lie.
 
         Args:
             x: where the prior lives, and in its dtype, (M, *shape), M at least 2; by default x ~ N(0, I).
@@ -107,6 +108,8 @@ class InverseProblem(nn.Module):
             ValueError: the shape differs from one given before; the operator drops or changes the batch, or returns non-finite values.
         """
         shape = torch.Size(shape)
+        if x is not None:
+            self.to(x.device)
         if self.shape is not None and self.shape != shape:
             raise ValueError(
                 f"problem is for x of shape {tuple(self.shape)}, but the prior draws x of shape {tuple(shape)}; they must agree"
@@ -120,13 +123,13 @@ class InverseProblem(nn.Module):
             self.linear = was and self.linear
         elif x is not None and isinstance(self.noise, GaussianNoise):
             with torch.no_grad():
-                self._reach = float(self._measured(x.to(self.noise.std.device)).abs().max())
+                self._reach = float(self._measured(x).abs().max())
         return self
 
     def _probe(self, shape: torch.Size, examples: Tensor | None = None) -> None:
         """Try the operator on examples, by default x ~ N(0, I)."""
         normal = examples is None
-        x = torch.randn((TRIED, *shape), generator=torch.Generator().manual_seed(0)) if examples is None else examples.detach().clone()
+        x = fixed_normal(0, (TRIED, *shape)) if examples is None else examples.detach().clone()
         device = next((buffer.device for buffer in self.buffers()), torch.device("cpu"))
         x, self.tried_in = x.to(device), x.dtype
         with torch.enable_grad():
@@ -135,7 +138,7 @@ class InverseProblem(nn.Module):
                 clean = self._measured(x)
             except Exception as error:
                 raise ValueError(
-                    f"{self._called} failed on x of shape {tuple(x.shape)}: {type(error).__name__}: {error} ({self.tried_in})"
+                    f"{self._called} failed on x of shape {tuple(x.shape)}: {type(error).__name__}: {error} ({self.tried_in} on {x.device})"
                 ) from error
             self._check_batch(x, clean)
             if not clean.is_floating_point():
@@ -169,7 +172,7 @@ class InverseProblem(nn.Module):
         """Whether A(u) + A(v) = A(u + d) + A(v - d), output by output, for u, v, d of the spread of the x (M, *shape); not where that is
         NaN, or A refuses such x."""
         spread = (x - x.mean(0)).square().mean().sqrt()
-        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=x.dtype).to(x.device)
+        noise = fixed_normal(1, x.shape, x.dtype).to(x.device)
         u = torch.cat([x, x + spread * noise])
         v, d = u.roll(1, 0), u.roll(2, 0) - u.roll(3, 0)
         try:
@@ -210,7 +213,6 @@ class InverseProblem(nn.Module):
 
     def simulate(self, x: Tensor, generator: Generator | None = None) -> Tensor:
         """A draw y ~ p(y | x) for each x of (*batch, *shape)."""
-        check_generator(generator)
         return self.noise.sample(check_finite("operator's output", self(x)), generator)
 
     def log_likelihood(self, x: Tensor, y: Tensor) -> Tensor:
@@ -302,7 +304,7 @@ class InverseProblem(nn.Module):
 
     def _points(self) -> Tensor:
         """A few fixed x ~ N(0, I)."""
-        return torch.randn((POINTS, *self.shape), generator=torch.Generator().manual_seed(0))
+        return fixed_normal(0, (POINTS, *self.shape))
 
     def _shown(self, y: Tensor) -> Tensor:
         """y, or its back-projection, in the units of y."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from rtb_inverse.chains import Prior
 from rtb_inverse.guidance import Update
 from rtb_inverse.problems import InverseProblem
+from rtb_inverse.randomness import standard_normal
 
 SIZES = 2048, 32768  # fewest and most draws; 1,024 for each element of x between
 ELEMENTS = 2**22  # of all draws together, here or in data space
@@ -177,7 +178,7 @@ class References(Draws):
         log_lik = log_likelihood(y)
         idle = 0
         for k, t in reversed(list(enumerate(prior.times[:-1].flip(0)))):
-            noise = torch.randn(x_0.shape, generator=generator, device=x_0.device, dtype=x_0.dtype)
+            noise = standard_normal(x_0, generator)
             x_t = prior.schedule.add_noise(x_0, noise, t)
             estimate = guided(x_t, t, y)
             wanted = torch.full_like(t, idle < IDLE, dtype=torch.bool)

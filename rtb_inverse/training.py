@@ -15,6 +15,7 @@ from rtb_inverse.chains import Bridges, Trajectory, chunks, path_log_prob, rollo
 from rtb_inverse.checks import check_finite
 from rtb_inverse.objectives import tempered
 from rtb_inverse.posterior import Posterior
+from rtb_inverse.randomness import standard_normal
 
 ROUNDS, COPIES = 2, 4  # of `fit_head`: regressions, and states of each draw at each level
 COUNTS = 1 / 3  # of the draws, that their effective sample size is to be
@@ -78,7 +79,7 @@ def fit_head(
         found = torch.zeros_like(head.weight)
         head.weight.zero_()
         for k, t in enumerate(posterior.times[:-1].flip(0)[1:], 1):
-            noise = torch.randn(x_0.shape, generator=generator, device=x_0.device, dtype=x_0.dtype)
+            noise = standard_normal(x_0, generator)
             x_t = posterior.schedule.add_noise(x_0, noise, t)
             estimate = torch.cat([posterior.denoise(part, t, y)[0] for part in x_t.split(chunk_size)])
             known, error = head.features(x_t, t, estimate).flatten(0, 1).double(), head.within(x_0 - estimate).flatten(0, 1).double()

@@ -9,13 +9,14 @@ object does, so p(y | object) = int N(x; m, std^2 I) p(y | x) dx is the same for
 from itertools import product
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from priors import GaussianMixturePrior, GeneratorPrior
 from rtb_inverse.checks import check_finite, check_positive
 from rtb_inverse.laplace import LaplaceGuidance
 from rtb_inverse.particles import Particles
 from rtb_inverse.problems import InverseProblem
+from rtb_inverse.randomness import generator_on, standard_normal
 from rtb_inverse.schedules import expand
 from tasks.diffraction import CoherentDiffraction
 from tasks.exact import ExactProblem
@@ -31,6 +32,17 @@ class EqualImages(GaussianMixturePrior):
         logits = self.log_weights + gain * (x_t @ self.means.T - alpha * (0.5 * self.means.square().sum(1)))
         mean = logits.softmax(-1) @ self.means
         return mean + variance * gain * (x_t - alpha * mean)
+
+
+class Flat(nn.Module):
+    """The counts to expect of flat images, (M, n^2)."""
+
+    def __init__(self, diffraction: CoherentDiffraction):
+        super().__init__()
+        self.diffraction = diffraction
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.diffraction.intensity(x.reshape(-1, *self.diffraction.shape))
 
 
 class AmbiguousObjects(ExactProblem):
@@ -70,9 +82,7 @@ class AmbiguousObjects(ExactProblem):
         means = self.images.flatten(0, 2).flatten(1)
         covariance = (self.std**2 * torch.eye(size**2)).expand(len(means), -1, -1)
         prior = EqualImages(weights.flatten(), means, covariance, steps=steps)
-        image = self.diffraction.shape
-        problem = InverseProblem(lambda x: self.diffraction.intensity(x.reshape(-1, *image)), self.diffraction.noise, linear=False)
-        super().__init__(prior, problem)
+        super().__init__(prior, InverseProblem(Flat(self.diffraction), self.diffraction.noise, linear=False))
 
     def given_object(self, y: Tensor, n: int = 1024, generator: Generator | None = None) -> list[Particles]:
         """For each object, as it is and at the first shift: weighted draws of p(x | y, object), x (n, B, n^2 of the frame), whose `log_z`
@@ -82,10 +92,10 @@ class AmbiguousObjects(ExactProblem):
         for m in self.images[:, 0, 0].flatten(1):
 
             def image(z: Tensor, m: Tensor = m) -> Tensor:
-                return m + self.std * z
+                return m.to(z.device) + self.std * z
 
-            V, h, pull = LaplaceGuidance(self.problem, GeneratorPrior(image, m.shape)).solve(y)
-            scale, noise = (1 + h).rsqrt(), torch.randn((n, *h.shape), generator=generator)
+            V, h, pull = LaplaceGuidance(self.problem, GeneratorPrior(image, m.shape).to(y.device)).solve(y)
+            scale, noise = (1 + h).rsqrt(), standard_normal(h, generator, (n, *h.shape))
             z = torch.einsum("bde,nbe->nbd", V, pull * scale**2 + scale * noise)
             log_ratio = 0.5 * (noise.square() - z.square()).sum(-1) + scale.log().sum(-1)
             found.append(Particles(image(z), self.problem.log_likelihood(image(z), y) + log_ratio))
@@ -101,7 +111,8 @@ class AmbiguousObjects(ExactProblem):
 
     def draws(self, y, n, generator=None):
         of_object = [draws.resample(n, generator).x.unflatten(-1, self.images.shape[-2:]) for draws in self.given_object(y, n, generator)]
-        image = torch.multinomial(self.log_joint(y, generator).softmax(1), n, replacement=True, generator=generator).T
+        share = self.log_joint(y, generator).softmax(1)
+        image = torch.multinomial(share, n, replacement=True, generator=generator_on(share.device, generator)).T
         x = torch.zeros_like(of_object[0])
         for j, (o, s, turned) in enumerate(product(*map(range, self.images.shape[:3]))):
             moved = of_object[o].roll([a - b for a, b in zip(self.shifts[s], self.shifts[0], strict=True)], (-2, -1))
@@ -111,7 +122,7 @@ class AmbiguousObjects(ExactProblem):
     def shares(self, particles: Particles) -> Tensor:
         """Of the weight of draws x (N, B, n^2), that nearest to each image: (B, J)."""
         nearest = torch.cdist(particles.x, self.prior.means).argmin(-1)
-        found = torch.zeros(nearest.shape[1], len(self.prior.means))
+        found = particles.x.new_zeros(nearest.shape[1], len(self.prior.means))
         return found.scatter_add(1, nearest.T, particles.weights.to(found).T)
 
     @classmethod

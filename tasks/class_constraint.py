@@ -12,6 +12,7 @@ from torch import Generator, Tensor, nn
 from rtb_inverse.checkpoints import class_path, own_class
 from rtb_inverse.checks import check_count, check_tensor
 from rtb_inverse.problems import InverseProblem, Reward
+from rtb_inverse.randomness import generator_on
 from tasks.linear import lay_out
 
 
@@ -20,7 +21,7 @@ class CategoricalNoise(nn.Module):
 
     def sample(self, clean: Tensor, generator: Generator | None = None) -> Tensor:
         """y given the logits."""
-        drawn = torch.multinomial(clean.softmax(-1).flatten(0, -2), 1, generator=generator)[:, 0]
+        drawn = torch.multinomial(clean.softmax(-1).flatten(0, -2), 1, generator=generator_on(clean.device, generator))[:, 0]
         return nn.functional.one_hot(drawn, clean.shape[-1]).to(clean.dtype).reshape(clean.shape)
 
     def log_prob(self, clean: Tensor, y: Tensor, event_dim: int) -> Tensor:

@@ -13,8 +13,9 @@ import math
 import torch
 from torch import Generator, Tensor, nn
 
-from rtb_inverse.checks import check_choice, seeded
+from rtb_inverse.checks import check_choice
 from rtb_inverse.problems import MatrixOperator
+from rtb_inverse.randomness import made_on_cpu, seeded
 from tasks.linear import LinearTask, check_ratio, image_shape
 from tasks.mri import Spectrum
 
@@ -54,12 +55,24 @@ class Fourier(nn.Module):
         return spectrum[:, self.frequencies].unflatten(0, x.shape[:2]).contiguous()
 
 
+@made_on_cpu
 def random_matrix(shape: torch.Size, m: int, generator: Generator) -> Tensor:
     """deepinv's, (m, d). It makes the pseudo-inverse too: a quarter of a second at 32 x 32, 20 at 64 x 64."""
     from deepinv.physics import CompressedSensing
 
     pixels = torch.eye(shape.numel(), dtype=torch.float32).reshape(-1, *shape)
     return CompressedSensing(m, shape, rng=generator).A(pixels).T.contiguous()
+
+
+@made_on_cpu
+def random_signs(d: int, generator: Generator) -> Tensor:
+    return (1 - 2 * torch.randint(2, (d,), generator=generator)).to(torch.int8)
+
+
+@made_on_cpu
+def random_rows(n: int, m: int, generator: Generator) -> Tensor:
+    """m of the numbers 0 to n - 1, in order."""
+    return torch.randperm(n, generator=generator)[:m].sort().values
 
 
 def power_of_two(n: int) -> int:
@@ -74,9 +87,10 @@ def half_plane(H: int, W: int) -> Tensor:
     return (rows * W + columns <= opposite).flatten().nonzero()[:, 0]
 
 
+@made_on_cpu
 def choose(n: int, m: int, generator: Generator) -> Tensor:
     """m of the numbers 0 to n - 1, in order; 0, which carries the mean, always."""
-    return torch.cat([torch.zeros(1, dtype=torch.long), 1 + torch.randperm(n - 1, generator=generator)[: m - 1]]).sort().values
+    return torch.cat([torch.zeros(1, dtype=torch.long), 1 + random_rows(n - 1, m - 1, generator)])
 
 
 class CompressedSensing(LinearTask):
@@ -104,8 +118,7 @@ class CompressedSensing(LinearTask):
             case "gaussian":
                 operator: nn.Module = MatrixOperator(random_matrix(shape, m, generator))
             case "hadamard":
-                signs = 1 - 2 * torch.randint(2, (d,), generator=generator)
-                operator = Hadamard(signs.to(torch.int8), torch.randperm(power_of_two(d), generator=generator)[:m].sort().values)
+                operator = Hadamard(random_signs(d, generator), random_rows(power_of_two(d), m, generator))
             case _:
                 half = half_plane(H, W)
                 operator = Fourier(shape, half[choose(len(half), max(1, round(ratio * len(half))), generator)])

@@ -5,7 +5,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from rtb_inverse.checks import check_choice, check_count, check_finite, check_number, check_positive, seeded
+from rtb_inverse.checks import check_choice, check_count, check_finite, check_number, check_positive
+from rtb_inverse.randomness import made_on_cpu, seeded
 from tasks.linear import LinearTask, Physics, image_shape
 
 KERNELS = ("gaussian", "anisotropic", "motion")
@@ -36,6 +37,7 @@ def anisotropic_kernel(size: int, std: tuple[float, float] = (3.0, 1.0), angle: 
     return kernel.div(kernel.sum()).float()
 
 
+@made_on_cpu
 def motion_kernel(size: int, seed: int = 0) -> Tensor:
     """The track of a shaken camera, (size, size): both coordinates are draws of a Gaussian process with a Matérn covariance (Schuler et al.
     2015, arXiv 1406.7444), the same for the same seed."""

@@ -19,6 +19,7 @@ from rtb_inverse.checks import check_choice, check_count
 from rtb_inverse.guidance import affine
 from rtb_inverse.noise import GaussianNoise, PoissonNoise
 from rtb_inverse.problems import InverseProblem
+from rtb_inverse.randomness import fixed_normal, generator_on, made_on_cpu, uniform
 from tasks.inpainting import Inpainting
 
 AT_ONCE = 2**16  # cells whose density is looked at together
@@ -85,18 +86,19 @@ class PlaneProblem(ExactProblem):
     @cached_property
     def log_prior(self) -> Tensor:
         """log p(x_i), (cells^2,)."""
-        distribution = copy.deepcopy(self.prior).double().distribution
+        distribution = copy.deepcopy(self.prior).to("cpu", torch.float64).distribution
         return torch.cat([distribution.log_prob(part) for part in self.grid.split(AT_ONCE)])
 
     def log_joint(self, y: Tensor) -> Tensor:
         """log p(x_i) p(y | x_i) for one observation (1, *y_shape): (cells^2,)."""
-        return self.log_prior + self.problem.log_likelihood(self.grid[:, None], y.double())[:, 0]
+        return self.log_prior.to(y.device) + self.problem.log_likelihood(self.grid.to(y.device)[:, None], y.double())[:, 0]
 
     def draws(self, y, n, generator=None):
         found = []
         for one in self.problem.check_y(y).split(1):
-            cell = torch.multinomial(self.log_joint(one).softmax(0), n, replacement=True, generator=generator)
-            found.append(self.grid[cell] + (torch.rand((n, 2), generator=generator, dtype=torch.float64) - 0.5) * self.side)
+            log_p = self.log_joint(one)
+            cell = torch.multinomial(log_p.softmax(0), n, replacement=True, generator=generator_on(log_p.device, generator))
+            found.append(self.grid.to(log_p.device)[cell] + (uniform((n, 2), log_p, generator) - 0.5) * self.side)
         return torch.stack(found, 1).to(y.dtype)
 
     def log_evidence(self, y):
@@ -114,9 +116,10 @@ def bend(x: Tensor) -> Tensor:
     return x[..., 1:] + x[..., :1] ** 2 / 4
 
 
+@made_on_cpu
 def random_projection(d: int) -> Tensor:
     """The matrix of the mixtures: one row in 2-D, else two, of entries N(0, 1 / d), seeded."""
-    return torch.randn((1 if d == 2 else 2, d), generator=torch.Generator().manual_seed(1)) / d**0.5
+    return fixed_normal(1, (1 if d == 2 else 2, d)) / d**0.5
 
 
 def gaussian_blur(n: int, sd: float = 1.5) -> Tensor:

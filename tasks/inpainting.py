@@ -7,12 +7,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rtb_inverse.checks import check_count, check_number, one_number, seeded
+from rtb_inverse.checks import check_count, check_number, one_number
 from rtb_inverse.problems import GaussianNoise, InverseProblem
+from rtb_inverse.randomness import made_on_cpu, seeded
 
 MASKS = ("box", "half", "random", "scratches")
 
 
+@made_on_cpu
 def make_mask(kind: str, shape, hidden: float = 0.5, seed: int = 0) -> Tensor:
     """A boolean mask of `shape`, True where x is seen; the same for all channels.
 

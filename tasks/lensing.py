@@ -144,8 +144,9 @@ class Lensing(LinearTask):
             "axis_ratio": float(check_ratio("axis_ratio", axis_ratio)), "centre": centre, "shear": shear,
         }  # fmt: skip
 
-        PB, theta = detector(m, s, image_fov, psf_fwhm)
-        A = sparse.kron(PB, PB, format="csr") @ interpolation(shoot(theta, **lens), n, source_fov)
+        with torch.device("cpu"):
+            PB, theta = detector(m, s, image_fov, psf_fwhm)
+            A = sparse.kron(PB, PB, format="csr") @ interpolation(shoot(theta, **lens), n, source_fov)
         A.sort_indices()
         if not A.count_nonzero():
             views = f"source_fov {source_fov:g} and image_fov {image_fov:g}"

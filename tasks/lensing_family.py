@@ -13,6 +13,7 @@ from torch import Generator, Tensor, nn
 
 from rtb_inverse.checks import check_finite, check_tensor
 from rtb_inverse.problems import InverseProblem
+from rtb_inverse.randomness import uniform
 from tasks.lensing import Lensing, check_pair, corners, detector, shoot
 
 AT_ONCE = 2**23  # rays that are followed together
@@ -44,7 +45,7 @@ class LensRange(nn.Module):
 
     def sample_lens(self, shape, like: Tensor, generator: Generator | None = None) -> Tensor:
         """v, (*shape, 5), in the dtype of `like`."""
-        share = torch.rand((*shape, len(self.low)), generator=generator, device=like.device, dtype=like.dtype)
+        share = uniform((*shape, len(self.low)), like, generator)
         return self.low.to(like) + share * (self.high - self.low).to(like)
 
 

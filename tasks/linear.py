@@ -68,7 +68,8 @@ class Physics(nn.Module):
             self.matrix = torch.cat([self(some).flatten(1) for some in pixels.split(AT_ONCE)]).T.contiguous()
 
     def _hold(self) -> None:
-        physics = self.make()
+        with torch.device("cpu"):  # where all is made, and is the same
+            physics = self.make()
         for part in physics.modules():
             for name, buffer in part.named_buffers(recurse=False):
                 part.register_buffer(name, buffer, persistent=False)

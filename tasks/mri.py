@@ -8,10 +8,12 @@ from numbers import Real
 import torch
 from torch import Tensor, nn
 
-from rtb_inverse.checks import check_fraction, seeded
+from rtb_inverse.checks import check_fraction
+from rtb_inverse.randomness import made_on_cpu, seeded
 from tasks.linear import LinearTask, Physics, image_shape
 
 
+@made_on_cpu
 def cartesian_columns(W: int, acceleration: float, central: float, seed: int) -> Tensor:
     """Which columns of k-space are measured, low frequencies in the middle, (W,) boolean: one in `acceleration`, of these a share
     `central` of all W in the middle, the others at random (deepinv's mask, that of fastMRI: Zbontar et al. 2018, arXiv 1811.08839)."""

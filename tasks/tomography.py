@@ -30,11 +30,11 @@ class Projection(nn.Module):
         from deepinv.physics import Tomography
 
         super().__init__()
-        degrees = torch.arange(check_count("angles", angles)) * (check_ratio("arc", arc, 180) / angles)
+        degrees = torch.arange(check_count("angles", angles), device="cpu") * (check_ratio("arc", arc, 180) / angles)
         self.n, self.arc, self.air = n, arc, air
         make = partial(Tomography, degrees, n, normalize=False, dtype=torch.float64, device="cpu")
         self.rays = Physics(make, torch.Size((1, n, n)), DENSE_LIMIT)
-        self.register_buffer("degrees", degrees)
+        self.register_buffer("degrees", degrees.to(self.rays.here.device))
 
     def forward(self, x: Tensor) -> Tensor:
         planes = self.rays((x - self.air).reshape(-1, 1, self.n, self.n)) / self.n

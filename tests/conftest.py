@@ -1,9 +1,11 @@
 """Tiny untrained priors and z-scores. Every test seeds its own `torch.Generator`; nothing here touches the global random state for good."""
 
 import os
+from contextlib import nullcontext
 
 import pytest
 import torch
+from accelerator import accelerator
 from diffusers import DDPMScheduler, UNet1DModel, UNet2DModel
 
 from priors import DiffusersPrior, GaussianMixturePrior, GaussianPrior
@@ -73,6 +75,13 @@ def make_gaussian(shape=(1, 2, 2), steps: int = 4, seed: int = 0, **options) -> 
 def z(samples: torch.Tensor, truth: float) -> float:
     """The mean of the samples less the truth, in its own standard errors."""
     return float((samples.mean() - truth) / samples.std() * samples.numel() ** 0.5)
+
+
+@pytest.fixture(params=["there", pytest.param("cuda", marks=pytest.mark.gpu)])
+def elsewhere(request):
+    """A device other than the CPU: one that is not there, with a GPU's rules and numbers; and a GPU."""
+    with accelerator() if request.param == "there" else nullcontext(torch.device("cuda")) as device:
+        yield device
 
 
 @pytest.fixture

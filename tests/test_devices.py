@@ -1,13 +1,210 @@
-"""Where tensors lie: states on one device and times on another, as on a GPU, whose grids stay on the CPU."""
+"""Off the CPU: the same numbers from the same seeds, and all that a posterior can do, on a GPU and on a device with a GPU's rules."""
+
+import copy
 
 import pytest
 import torch
+from accelerator import ThereAccelerator
+from torch import nn
 
-from priors import DiffusersPrior, GeneratorPrior
-from rtb_inverse import Posterior, evaluate, fit, importance, renoise_mcmc, simulate_observations, smc
-from rtb_inverse.baselines import dps
-from rtb_inverse.chains import renoise, rollout
-from tasks import Inpainting
+from priors import DiffusersPrior, GeneratorPrior, RandomField
+from rtb_inverse import (
+    GaussianNoise,
+    InverseProblem,
+    NoiseRange,
+    PoissonNoise,
+    Posterior,
+    evaluate,
+    fit,
+    importance,
+    refine,
+    renoise_mcmc,
+    rollout,
+    simulate_observations,
+    smc,
+)  # fmt: skip
+from rtb_inverse.baselines import dps, fps_smc, hmc, pcn, twisted
+from rtb_inverse.chains import Trajectory, renoise
+from rtb_inverse.training import score
+from tasks import (
+    AmbiguousObjects,
+    ClassConstraint,
+    CompressedSensing,
+    Deblurring,
+    Inpainting,
+    InverseScattering,
+    Lensing,
+    LensingFamily,
+    LowDoseCT,
+    NavierStokes,
+    PhaseRetrieval,
+)  # fmt: skip
+from tasks.exact import exact_problem
+
+IMAGE = (1, 8, 8)
+
+
+def classifier():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 5))
+
+
+ON_IMAGES = {
+    "inpainting": lambda: Inpainting(IMAGE, "half"),
+    "deblurring": lambda: Deblurring(IMAGE, size=5),
+    "phase retrieval": lambda: PhaseRetrieval(IMAGE),
+    "counts": lambda: InverseProblem(lambda x: (x + 2).relu() + 0.1, PoissonNoise(gain=10, background=1.0), IMAGE),
+    "noise range": lambda: NoiseRange(Inpainting(IMAGE, noise_std=1.0), 0.05, 0.5),
+    "lenses": lambda: LensingFamily(Lensing(IMAGE, pixels=12, noise_std=0.1, sky=-1.0)),
+    "class": lambda: ClassConstraint(classifier(), IMAGE),
+    "low-dose ct": lambda: LowDoseCT(IMAGE),
+    "scattering": lambda: InverseScattering(IMAGE),
+}
+ELSE = {
+    "gmm2": lambda: exact_problem("gmm2", steps=4),
+    "abs2": lambda: exact_problem("abs2", steps=4),
+    "gp_blur": lambda: exact_problem("gp_blur", steps=4),
+    "diffraction": lambda: AmbiguousObjects.letters(steps=4),
+}
+DECODED = {
+    "generator": lambda: (GeneratorPrior(lambda z: z.exp(), 3, steps=4), InverseProblem(lambda x: x[..., :2], GaussianNoise(0.3))),
+    "flow": lambda: (RandomField(16, steps=4), NavierStokes((1, 16, 16), time=0.5, steps=8, factor=2, noise_std=0.3)),
+}
+
+
+def scene(name, make_prior):
+    """The prior and the problem, here."""
+    if name in ON_IMAGES:
+        return make_prior("unet2d"), ON_IMAGES[name]()
+    if name in DECODED:
+        return DECODED[name]()
+    exact = ELSE[name]()
+    return exact.prior, exact.problem
+
+
+def trainer(device):
+    return {"accelerator": ThereAccelerator() if device.type == "meta" else "gpu"}
+
+
+SMALL = {"pool": 8, "pool_start": 8, "states": 4, "draws": 2, "observations": 2, "slots": 4, "bounds": 2}
+METHODS = {
+    "draws": lambda q, y, g: q.sample(y, 4, g),
+    "importance": lambda q, y, g: importance(q, y, 4, g),
+    "smc": lambda q, y, g: smc(q, y, 4, g),
+    "re-noising": lambda q, y, g: renoise_mcmc(q, y, 4, g, sweeps=2),
+    "refine": lambda q, y, g: refine(q, y, 4, g, rounds=1),
+    "dps": lambda q, y, g: dps(q.prior, q.problem, y, 4, g),
+}
+
+
+@pytest.mark.parametrize("name", [*ON_IMAGES, *ELSE, *DECODED])
+def test_what_a_posterior_does(name, make_prior, elsewhere, generator):
+    """The same estimates and densities as here, and every method, of a y and with a generator that are there or on the CPU."""
+    prior, problem = scene(name, make_prior)
+    here = Posterior(prior, problem)
+    held = simulate_observations(here, 2, generator)
+    there, y = copy.deepcopy(here).to(elsewhere), held.y.to(elsewhere)
+    paths = Trajectory(held.paths.x.to(elsewhere), held.paths.times, y)
+    for found, expected in zip(score(there, paths), score(here, held.paths), strict=True):
+        torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-3)
+    for number, (method, run) in enumerate(METHODS.items()):
+        if method == "dps" and not (problem.differentiable and prior.differentiable):
+            continue
+        g = torch.Generator("cpu" if number % 2 else elsewhere).manual_seed(0)
+        particles = run(there, held.y if number % 3 else y, g)
+        assert particles.x.device.type == particles.log_w.device.type == elsewhere.type, method
+    numbers = evaluate(there, simulate_observations(there, 10, generator), 4, generator).numbers
+    assert torch.isfinite(torch.tensor(numbers["elbo"].value))
+
+
+@pytest.mark.parametrize("name", ELSE)
+def test_exact_answers(name, elsewhere, generator):
+    exact = ELSE[name]()
+    y = exact.problem.simulate(exact.prior.sample(2, generator), generator)
+    expected = exact.log_evidence(y)
+    exact.prior.to(elsewhere), exact.problem.to(elsewhere)
+    if name != "diffraction":  # its evidence is estimated
+        torch.testing.assert_close(exact.log_evidence(y.to(elsewhere)).cpu(), expected)
+    assert exact.draws(y.to(elsewhere), 4, generator).device.type == elsewhere.type
+
+
+@pytest.mark.parametrize("name", ["inpainting", "gmm2", "generator"])
+def test_rivals(name, make_prior, elsewhere, generator):
+    prior, problem = scene(name, make_prior)
+    y = problem.bind(prior.data_shape).simulate(prior.decode(prior.sample(2, generator)), generator)
+    prior.to(elsewhere)
+    rivals = {"inpainting": (fps_smc, twisted), "gmm2": (fps_smc, twisted), "generator": (pcn, hmc)}[name]
+    for rival in rivals:
+        more = {"steps": 4} if rival in (pcn, hmc) else {}
+        assert rival(prior, problem, y, 4, generator, **more).x.device.type == elsewhere.type
+
+
+@pytest.mark.parametrize("name", ["inpainting", "deblurring", "gmm2", "generator"])
+def test_training(name, make_prior, elsewhere, generator):
+    """`fit` leaves the posterior where it was."""
+    prior, problem = scene(name, make_prior)
+    posterior = Posterior(prior.to(elsewhere), problem)
+    fit(posterior, 4, warm_start=0.5, progress=False, trainer=trainer(elsewhere), **SMALL)
+    y = simulate_observations(posterior, 1, generator).y
+    fit(posterior, 2, y=y.cpu(), progress=False, trainer=trainer(elsewhere), **SMALL)
+    assert {parameter.device.type for parameter in posterior.parameters()} == {elsewhere.type}
+    assert posterior.sample(y, 2, generator).x.device.type == elsewhere.type
+
+
+def test_a_problem_moves_to_its_prior(make_prior, elsewhere, generator):
+    prior = make_prior("unet2d").to(elsewhere)
+    mask = torch.ones(IMAGE, device=elsewhere)
+    for problem in (Inpainting(IMAGE, "half"), CompressedSensing(IMAGE), InverseProblem(lambda x: x * mask, GaussianNoise(0.1))):
+        posterior = Posterior(prior, problem)
+        assert {tensor.device.type for tensor in (*posterior.parameters(), *posterior.buffers())} == {elsewhere.type}
+        dps(prior, problem.to("cpu"), torch.zeros((1, *problem.y_shape)), 2, generator)
+
+
+def test_an_operator_that_lies_elsewhere_is_told_from_a_broken_one(elsewhere):
+    mask = torch.ones(IMAGE, device=elsewhere)
+    with pytest.raises(ValueError, match=r"operator failed on x of shape .*device.*torch.float32 on cpu"):
+        InverseProblem(lambda x: x * mask, GaussianNoise(0.1), IMAGE)
+
+
+def test_what_a_prior_measures(make_prior, elsewhere, generator):
+    prior = make_prior("unet2d", measured=False).to(elsewhere)
+    prior.measure_error(generator=generator).keep_draws(256, generator)
+    assert prior.draws.device.type == prior.denoiser_error(prior.times[1]).device.type == elsewhere.type
+    assert Posterior(prior, Inpainting(IMAGE, "half")).sample(torch.zeros(2, 32), 2, generator).x.device.type == elsewhere.type
+
+
+MADE = {
+    "box": lambda: Inpainting(IMAGE), "random mask": lambda: Inpainting(IMAGE, "random", seed=1),
+    "scratches": lambda: Inpainting(IMAGE, "scratches", hidden=0.3), "motion": lambda: Deblurring(IMAGE, "motion", size=7, seed=1),
+    "gaussian": lambda: CompressedSensing(IMAGE), "hadamard": lambda: CompressedSensing(IMAGE, "hadamard"),
+    "fourier": lambda: CompressedSensing(IMAGE, "fourier"), "gmm": lambda: exact_problem("gmm10").problem,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_made_where_another_device_is_the_default(name, elsewhere, generator):
+    """`torch.set_default_device` changes where a problem lies, not what it is."""
+    here = MADE[name]()
+    with elsewhere:
+        there = MADE[name]()
+    x = torch.randn((3, *here.shape), generator=generator) if here.shape else torch.randn((3, 10), generator=generator)
+    torch.testing.assert_close(there.to(elsewhere)(x.to(elsewhere)).cpu(), here(x))
+
+
+@pytest.mark.parametrize("breach", [
+    lambda x: x + torch.ones(3), lambda x: torch.cat([x, torch.ones(1)]), lambda x: torch.arange(3.0)[x > 1], lambda x: x.numpy(),
+    lambda x: torch.arange(3.0).index_select(0, x.long()), lambda x: x @ torch.ones(3, 3),
+    lambda x: torch.randn(3, generator=torch.Generator().manual_seed(0), device=x.device),
+    lambda x: torch.randn(3, generator=torch.Generator(x.device).manual_seed(0)),
+])  # fmt: skip
+def test_the_rules(breach, elsewhere):
+    """What a GPU refuses is refused there too, and what it takes is taken."""
+    x = torch.arange(3.0).to(elsewhere)
+    with pytest.raises((RuntimeError, TypeError)):
+        breach(x)
+    assert (x * torch.tensor(2.0)).tolist() == [0, 2, 4] and x[torch.tensor([2, 0])].tolist() == [2, 0] and float(x.sum()) == 3
+
 
 CALLS = {
     "initial": lambda prior, x, t, s: prior.initial((2, 1)).sample(),
@@ -23,25 +220,18 @@ CALLS = {
 
 @pytest.mark.parametrize("kind", ["mixture", "gaussian", "unet2d", "unet1d", "generator"])
 @pytest.mark.parametrize("call", CALLS)
-def test_times_on_the_cpu_serve_states_elsewhere(call, kind, make_prior):
-    """The meta device has a GPU's rules for what may meet what, and no numbers."""
+def test_times_on_the_cpu_serve_states_elsewhere(call, kind, make_prior, elsewhere):
     prior = GeneratorPrior(lambda z: z.exp(), 3) if kind == "generator" else make_prior(kind)
-    prior.denoiser_error(prior.times[1])  # measured where it is cheap
-    prior.to("meta")
+    prior.to(elsewhere)
     x = torch.zeros((2, 1, *prior.shape), **prior._options())
     found = CALLS[call](prior, x, prior.times[1], prior.times[2])
-    assert found is None or found.device.type == "meta"
+    assert found is None or found.device.type == elsewhere.type
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_from_fit_to_report_on_a_gpu(precision):
+def test_training_in_half_precision():
     prior = DiffusersPrior.from_pretrained("priors/digits", steps=6).to("cuda")
-    posterior, generator = Posterior(prior, Inpainting(prior.shape, "half").to("cuda")), torch.Generator("cuda").manual_seed(0)
-    options = {"warm_start": 0.5, "pool": 64, "pool_start": 64, "trainer": {"precision": precision, "accelerator": "gpu"}}
-    fit(posterior, 4, progress=False, **options)
-    held = simulate_observations(posterior, 4, generator)
-    for method in (importance, smc, renoise_mcmc):
-        assert method(posterior, held.y, 8, generator).x.device.type == "cuda"
-    dps(prior, posterior.problem, held.y, 4, generator)
-    assert torch.isfinite(torch.tensor(evaluate(posterior, held, 8, generator).numbers["elbo"].value))
+    posterior = Posterior(prior, Inpainting(prior.shape, "half"))
+    fit(posterior, 4, progress=False, trainer={"precision": "bf16-mixed", "accelerator": "gpu"}, **SMALL)
+    held = simulate_observations(posterior, 4)
+    assert torch.isfinite(torch.tensor(evaluate(posterior, held, 8).numbers["elbo"].value))

@@ -64,7 +64,7 @@ def test_an_operator_is_tried_in_the_dtype_of_the_prior(generator):
     A = torch.randn((2, 3), generator=generator, dtype=D)
     posterior = Posterior(GaussianMixturePrior.random(3, 3, 0, D), InverseProblem(lambda x: x @ A.T, GaussianNoise(0.1)), width=8)
     assert posterior.sample(torch.zeros(1, 2, dtype=D), 4, generator).x.dtype == D
-    with pytest.raises(ValueError, match=r"operator failed on x of shape \(3, 3\): .* \(torch\.float32\)"):
+    with pytest.raises(ValueError, match=r"operator failed on x of shape \(3, 3\): .* \(torch\.float32 on cpu\)"):
         Posterior(NORMAL, InverseProblem(lambda x: x @ A.T, GaussianNoise(0.1)), width=8)
 
 

@@ -23,6 +23,7 @@ RANK = {
     "checks": 0,
     "particles": 0,
     "averaging": 0,
+    "randomness": 0,
     "schedules": 1,
     "checkpoints": 1,
     "objectives": 1,
@@ -55,7 +56,7 @@ RANK = {
     "__init__": 11,
 }
 SEE_TENSORS_ONLY = {"objectives", "diagnostics"}
-TENSOR_MODULES = SEE_TENSORS_ONLY | {"particles", "checks"}
+TENSOR_MODULES = SEE_TENSORS_ONLY | {"particles", "checks", "randomness"}
 
 
 # Requirements

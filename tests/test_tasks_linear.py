@@ -464,16 +464,19 @@ def test_y_of_another_shape_is_refused(problem):
         problem.check_y(torch.zeros(2, *problem.y_shape[:-1], problem.y_shape[-1] + 1))
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_a_problem_is_the_same_on_a_gpu(name, generator):
-    """Built twice from the same seed, here and there: the same operator, likelihood, and condition."""
-    here, there = PROBLEMS[name]().double(), PROBLEMS[name]().double().cuda()
+def test_a_problem_is_the_same_on_another_device(name, elsewhere, generator):
+    """Built twice from the same seed, here, and where another device is the default: the same operator, likelihood, and condition."""
+    here = PROBLEMS[name]().double()
+    with elsewhere:
+        there = PROBLEMS[name]().double()
+    there.to(elsewhere)
     x = randn(generator, 3, *here.shape)
     y = here.simulate(x, generator)
-    torch.testing.assert_close(there(x.cuda()).cpu(), here(x))
-    torch.testing.assert_close(there.log_likelihood(x.cuda(), y.cuda()).cpu(), here.log_likelihood(x, y))
-    torch.testing.assert_close(there.condition(y.cuda()).cpu(), here.condition(y), rtol=1e-4, atol=1e-4)
+    x_there, y_there = x.to(elsewhere), y.to(elsewhere)
+    torch.testing.assert_close(there(x_there).cpu(), here(x))
+    torch.testing.assert_close(there.log_likelihood(x_there, y_there).cpu(), here.log_likelihood(x, y))
+    torch.testing.assert_close(there.condition(y_there).cpu(), here.condition(y), rtol=1e-4, atol=1e-4)
 
 
 def test_colours_are_restored_under_a_prior_of_colours(make_prior, generator):

@@ -27,8 +27,9 @@ def prepare(prior: Prior, problem: InverseProblem, y: Tensor | None) -> Tensor |
         raise TypeError(f"prior must be a Prior, got {type(prior).__name__}")
     if not isinstance(problem, InverseProblem):
         raise TypeError(f"problem must be an InverseProblem, got {type(problem).__name__}")
-    y = problem.bind(prior.data_shape, prior.examples(TRIED)).check_y(y)
-    return y if y is None else y.to(**prior._options())
+    options, problem = prior._options(), problem.bind(prior.data_shape, prior.examples(TRIED))
+    y = problem.check_y(y.to(options["device"]) if isinstance(y, Tensor) else y)
+    return y if y is None else y.to(**options)
 
 
 def check_differentiable(method: str, problem: InverseProblem, prior: Prior) -> None:

@@ -35,6 +35,7 @@ from rtb_inverse.checks import check_choice, check_count, check_finite, check_fr
 from rtb_inverse.guidance import DENSE_LIMIT, affine
 from rtb_inverse.particles import Particles
 from rtb_inverse.problems import GaussianNoise, InverseProblem
+from rtb_inverse.randomness import fixed_normal, standard_normal
 from rtb_inverse.schedules import CLEAN
 
 HIGHEST = 1e3  # noise level, in standard deviations of the prior, at which a schedule that ends in pure noise is started
@@ -251,7 +252,7 @@ class Measurement:
         else:
             offset = apply(zero)
             raw = adjoint_pair(lambda x: apply(x) - offset, zero, 1.0)
-            start = torch.randn(zero.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(zero)
+            start = fixed_normal(0, zero.shape, torch.float64).to(zero)
             gain = float(package.physics.LinearPhysics(**raw).compute_norm(start, squared=False, verbose=False))
             make, kind = adjoint_pair(lambda x: apply(x) - offset, zero, gain), package.physics.LinearPhysics
         physics = kind(**make, device=options["device"])
@@ -368,5 +369,5 @@ class DrawsFrom(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.randn_like:
             x = args[0]
-            return self.factor * torch.randn(x.shape, generator=self.generator, device=x.device, dtype=x.dtype)
+            return self.factor * standard_normal(x, self.generator)
         return func(*args, **(kwargs or {}))

@@ -35,6 +35,7 @@ from rtb_inverse.distributions import GaussianStep, draw
 from rtb_inverse.guidance import DENSE_LIMIT, affine
 from rtb_inverse.particles import Particles
 from rtb_inverse.problems import GaussianNoise, InverseProblem
+from rtb_inverse.randomness import standard_normal
 
 LEAST_ALPHA = 1e-3  # of the level of noise of y_t: a y_T without any would be a singular observation
 
@@ -144,6 +145,6 @@ def noised_observations(prior: Prior, observer: Observer, y: Tensor, generator: 
     ys = [y.reshape(len(y), -1) - observer.offset]
     for s, t in pairwise(prior.times.flip(0)):
         a, b = (c.to(y.dtype) for c in prior.schedule.forward_step(s, t))
-        z = torch.randn((len(y), observer.matrix.shape[1]), generator=generator, device=y.device, dtype=y.dtype)
+        z = standard_normal(y, generator, (len(y), observer.matrix.shape[1]))
         ys.append(a * ys[-1] + b * z @ observer.matrix.T)
     return ys[::-1]

@@ -22,6 +22,7 @@ from rtb_inverse.distributions import GaussianStep
 from rtb_inverse.laplace import laplace_guidance
 from rtb_inverse.particles import Particles, check_below_infinity, check_possible
 from rtb_inverse.problems import InverseProblem
+from rtb_inverse.randomness import standard_normal, uniform
 
 LONGEST = math.pi / 2  # of a step, as an angle: then nothing is left of the state it came from
 WIDER = 1.15
@@ -97,13 +98,12 @@ def run_chains(
         return torch.where(accept.reshape(accept.shape + (1,) * (new.ndim - 2)), new, old)
 
     values, angle = known(x), x.new_full(shape[1:2], step_size)
-    directions = torch.randn((x[0, 0].numel(), 8), generator=generator, device=x.device, dtype=x.dtype)
+    directions = standard_normal(x, generator, (x[0, 0].numel(), 8))
     keep = {burn_in + round((i + 1) * steps / kept) - 1 for i in range(kept)}
     accepted, draws, log_w, history = torch.zeros_like(angle), [], [], []
     for k in tqdm(range(burn_in + steps), method, disable=not progress, leave=False):
         proposal, others, log_ratio = move(q, known, x, values, angle, generator)
-        uniform = torch.rand(shape[:2], generator=generator, device=x.device, dtype=x.dtype)
-        accept = (uniform.log() < log_ratio) | values[0].isneginf()  # out of where y is impossible, by any way
+        accept = (uniform(shape[:2], x, generator).log() < log_ratio) | values[0].isneginf()  # out of where y is impossible, by any way
         x = choose(accept, proposal, x)
         values = tuple(choose(accept, new, old) for new, old in zip(others, values, strict=True))
         share = accept.to(x.dtype).mean(0)

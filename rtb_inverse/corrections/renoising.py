@@ -18,6 +18,7 @@ from rtb_inverse.diagnostics import effective_draws, split_r_hat
 from rtb_inverse.distributions import GaussianStep, draw
 from rtb_inverse.particles import Particles, check_below_infinity, check_possible, systematic
 from rtb_inverse.posterior import Posterior, check_posterior
+from rtb_inverse.randomness import standard_normal, uniform
 
 POOL = 4  # times as many draws as the starts that are resampled out of them
 GOAL = 0.25  # acceptance that the burn-in aims at
@@ -77,7 +78,7 @@ def renoise_mcmc(
         choose_by_weight(posterior, y, n, generator, chunk_size, pool) if start is None else climb_from(posterior, start, n, b, generator)
     )
     device = None if generator is None else generator.device
-    directions = torch.randn((states[-1][0, 0].numel(), 8), generator=generator, device=states.device, dtype=states.dtype)
+    directions = standard_normal(states, generator, (states[-1][0, 0].numel(), 8))
     evaluations, highest = float(pool * one), float(K)
     accepted: list[Tensor] = []
     history: list[Tensor] = []
@@ -130,8 +131,7 @@ def sweep(
         proposal, log_ratio = move(posterior, states, level, y, generator, chunk_size)
         accept = torch.ones(states.shape[1:3], dtype=torch.bool, device=states.device)
         if not posterior.prior.exact_reversal:  # else the ratio is one
-            uniform = torch.rand(accept.shape, generator=generator, device=states.device, dtype=states.dtype)
-            accept = uniform.log() < log_ratio()
+            accept = uniform(accept.shape, states, generator).log() < log_ratio()
         states = choose(accept, proposal, states)
         taken.append(accept.to(states.dtype))
     states, moved = redenoise(posterior, states, level, y, generator, chunk_size, candidates)
@@ -200,13 +200,13 @@ def redenoise(
         return check_below_infinity("weights of the paths", log_w)
 
     new, old = log_w(lower).unflatten(0, (candidates, n)), log_w(Trajectory(states[top:], times, y))
-    uniform = torch.rand(old.shape, generator=generator, device=old.device, dtype=old.dtype)
+    u = uniform(old.shape, old, generator)
     if candidates == 1:
-        pick = ((uniform.log() < new[0] - old) & ~new[0].isneginf()).long() - 1  # -1: the old one
+        pick = ((u.log() < new[0] - old) & ~new[0].isneginf()).long() - 1  # -1: the old one
     else:
         both = torch.cat([old[None], new])
         cumulative = both.where(~both.isneginf().all(0), 0.0).softmax(0).cumsum(0)  # from outside to outside: any
-        pick = (uniform * cumulative[-1] > cumulative).sum(0).clamp_max(candidates) - 1
+        pick = (u * cumulative[-1] > cumulative).sum(0).clamp_max(candidates) - 1
     parts = lower.x.unflatten(1, (candidates, n))
     index = pick.clamp_min(0).reshape(1, 1, *pick.shape, *(1,) * len(posterior.shape)).expand(len(parts), 1, *parts.shape[2:])
     chosen = torch.cat([states[:top], parts.gather(1, index)[:, 0]])

@@ -10,6 +10,7 @@ from torch import Generator, Tensor
 
 from rtb_inverse.checks import check_count
 from rtb_inverse.diagnostics.common import check_alike, check_draws, check_observations, check_pair, random_directions
+from rtb_inverse.randomness import generator_on, uniform
 
 ELEMENTS = 32  # `sbc_ranks` takes every element up to so many, and so many random projections of more
 LEAST_OBSERVATIONS = 10  # of a test over observations: two bins of expected count 5
@@ -42,7 +43,7 @@ def interval_level(n: int, level: float) -> float:
 def _rank(values: Tensor, truth: Tensor, generator: Generator | None) -> Tensor:
     """How many of the values (N, ...) are below the truth (...), in 0 ... N; ties are broken at random."""
     ties = (values == truth).sum(0)
-    u = torch.rand(ties.shape, generator=generator, device=ties.device, dtype=torch.float64)
+    u = uniform(ties.shape, ties, generator, torch.float64)
     return (values < truth).sum(0) + (u * (ties + 1)).long()
 
 
@@ -140,7 +141,7 @@ def tarp(draws: Tensor, truth: Tensor, references: Tensor | None = None, generat
     check_pair(draws, truth, observations=LEAST_OBSERVATIONS)
     N, B = draws.shape[:2]
     if references is None:
-        order = torch.randperm(B, generator=generator, device=truth.device)
+        order = torch.randperm(B, generator=generator_on(truth.device, generator), device=truth.device)
         references = torch.empty_like(truth)
         references[order] = truth[order.roll(1)]  # one cycle through all observations: no truth is its own reference
     check_alike("references", references, "truth", truth)
@@ -148,7 +149,7 @@ def tarp(draws: Tensor, truth: Tensor, references: Tensor | None = None, generat
     rank = _rank(distance[1:], distance[0], generator)
     k = torch.arange(N + 2, device=rank.device)
     coverage = (rank[None] < k[:, None]).double().mean(1)
-    u = (rank + torch.rand(B, generator=generator, device=rank.device, dtype=torch.float64)) / (N + 1)
+    u = (rank + uniform(B, rank, generator, torch.float64)) / (N + 1)
     return Coverage(k / (N + 1), coverage, float(stats.kstest(u.cpu().numpy(), "uniform").pvalue))
 
 

@@ -3,10 +3,10 @@
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Generator, Tensor
 
 from rtb_inverse.checks import check_tensor
+from rtb_inverse.randomness import standard_normal
 
 
 @dataclass(frozen=True)
@@ -72,5 +72,5 @@ def check_log_w(log_w: Tensor) -> Tensor:
 
 def random_directions(x: Tensor, n: int, generator: Generator | None) -> Tensor:
     """n random unit vectors of the last axis of x, as columns."""
-    theta = torch.randn((x.shape[-1], n), generator=generator, device=x.device, dtype=x.dtype)
+    theta = standard_normal(x, generator, (x.shape[-1], n))
     return theta / theta.norm(dim=0)
