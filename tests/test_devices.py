@@ -5,6 +5,8 @@ import copy
 import pytest
 import torch
 from accelerator import ThereAccelerator
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from priors import DiffusersPrior, GeneratorPrior, RandomField
@@ -25,6 +27,8 @@ from rtb_inverse import (
 )  # fmt: skip
 from rtb_inverse.baselines import dps, fps_smc, hmc, pcn, twisted
 from rtb_inverse.chains import Trajectory, renoise
+from rtb_inverse.data import ObservationData
+from rtb_inverse.lightning import PosteriorTraining, quiet
 from rtb_inverse.training import score
 from tasks import (
     AmbiguousObjects,
@@ -150,6 +154,28 @@ def test_training(name, make_prior, elsewhere, generator):
     fit(posterior, 2, y=y.cpu(), progress=False, trainer=trainer(elsewhere), **SMALL)
     assert {parameter.device.type for parameter in posterior.parameters()} == {elsewhere.type}
     assert posterior.sample(y, 2, generator).x.device.type == elsewhere.type
+
+
+def test_lightning_takes_a_posterior_elsewhere(make_prior, elsewhere, tmp_path, generator):
+    """Made here, trained, judged, used and resumed there, as by the command line; `fit` brings it back."""
+    prior, problem = make_prior("unet2d"), Inpainting(IMAGE, "half")
+    y = problem.simulate(prior.sample(2, generator), generator)
+
+    def module():
+        return PosteriorTraining(Posterior(prior, problem), output=str(tmp_path), warm_start=0.5, test_draws=4, **SMALL)
+
+    quietly = {"devices": 1, "logger": False, "enable_model_summary": False, "enable_progress_bar": False}
+    saves = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_last=True)
+    with quiet():
+        Trainer(max_steps=4, callbacks=[saves], **quietly, **trainer(elsewhere)).fit(trained := module(), ObservationData())
+        Trainer(**quietly, **trainer(elsewhere)).test(trained, ObservationData(simulated=10), verbose=False)
+        (draws,) = Trainer(**quietly, **trainer(elsewhere)).predict(trained, ObservationData(y=y))
+        assert draws.x.shape == (4, 2, *IMAGE) and (tmp_path / "report_simulated.json").is_file()
+        more = Trainer(max_steps=6, max_epochs=2, enable_checkpointing=False, **quietly, **trainer(elsewhere))
+        more.fit(module(), ObservationData(), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    assert more.global_step == 6
+    posterior = fit(Posterior(prior, problem), 2, progress=False, trainer=trainer(elsewhere), **SMALL)
+    assert posterior.gate.device.type == "cpu"
 
 
 def test_a_problem_moves_to_its_prior(make_prior, elsewhere, generator):
