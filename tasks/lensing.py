@@ -21,6 +21,7 @@ from rtb_inverse.checks import check_count, check_number, check_positive
 from rtb_inverse.guidance import DENSE_LIMIT, conjugate_gradients
 from tasks.linear import LinearTask, check_ratio, image_shape
 
+LENS = ("einstein_radius", "axis_ratio", "angle", "centre", "shear")  # what says which lens it is, of `Lensing`'s arguments
 REACH = 4  # standard deviations at which the point-spread function ends
 
 
@@ -41,6 +42,19 @@ def shoot(theta: Tensor, einstein_radius, axis_ratio, angle, centre, shear) -> T
     ellipsoid = func.reduced_deflection_angle_sie(x0, y0, q, phi, b, *theta.unbind(-1))
     outside = func.reduced_deflection_angle_external_shear(x0, y0, g1, g2, *theta.unbind(-1))
     return theta - torch.stack(ellipsoid, -1) - torch.stack(outside, -1)
+
+
+def critical_curve(fov: float, **lens) -> tuple[Tensor, Tensor]:
+    """Where the magnification is infinite, (R, 2) [arcsec], the longest curve within the field of view; and what its rays see, the
+    caustic."""
+    from contourpy import contour_generator
+
+    axis = torch.linspace(-fov, fov, 401, dtype=torch.float64) / 2
+    beta = shoot(torch.cartesian_prod(axis, axis), **lens).reshape(401, 401, 2)
+    (a, b), (c, d) = (torch.gradient(beta[..., k], spacing=(axis, axis)) for k in (0, 1))
+    curves = contour_generator(axis.numpy(), axis.numpy(), (a * d - b * c).T.numpy()).lines(0)
+    critical = torch.from_numpy(max(curves, key=len))
+    return critical, shoot(critical, **lens)
 
 
 def corners(beta: Tensor, n: int, fov: float) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from rtb_inverse.lightning import fit
 from rtb_inverse.posterior import Posterior
 from tasks import Lensing, LensingFamily
 from tasks.exact import LinearProblem
-from tasks.lensing import detector
+from tasks.lensing import critical_curve, detector
 
 D = torch.float64
 SHAPE = (1, 8, 8)
@@ -375,3 +375,10 @@ def test_a_sphere_shows_the_inside_of_its_radius_several_times():
     for found, b in zip(problem.several(v), v[:, 0], strict=True):
         clear = (far - b).abs() > 0.05  # a pixel's diagonal is 0.07
         assert torch.equal(found[clear], (far < b)[clear])
+
+
+@pytest.mark.parametrize("radius", [0.5, 1.0])
+def test_the_critical_curve_of_a_round_lens_is_its_ring(radius):
+    critical, caustic = critical_curve(4.0, einstein_radius=radius, axis_ratio=1 - 1e-9, angle=0.0, centre=(0.1, 0.0), shear=(0.0, 0.0))
+    assert float((critical - torch.tensor([0.1, 0.0])).norm(dim=1).sub(radius).abs().max()) < 0.01
+    assert float((caustic - torch.tensor([0.1, 0.0])).norm(dim=1).max()) < 0.02
