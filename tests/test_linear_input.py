@@ -85,11 +85,17 @@ def test_noise_must_be_above_0(cls, noise_std):
         cls(**{"shape": SHAPE} | CLASSES[cls], noise_std=noise_std)
 
 
-@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("cls", [cls for cls in CLASSES if cls is not Denoising])
 @pytest.mark.parametrize("shape", [(8, 8), (64,), 8, (1, 1, 8, 8), "image"])
 def test_shape_must_be_that_of_an_image(cls, shape):
     with pytest.raises(ValueError, match=r"shape must be \("):
         cls(**CLASSES[cls] | {"shape": shape})
+
+
+@pytest.mark.parametrize("shape", [8, "image", ()])
+def test_shape_must_be_one(shape):
+    with pytest.raises(ValueError, match="shape must be that of x"):
+        Denoising(shape)
 
 
 def test_a_prior_of_other_images_is_refused(make_prior):

@@ -479,6 +479,17 @@ def test_a_problem_is_the_same_on_another_device(name, elsewhere, generator):
     torch.testing.assert_close(there.condition(y_there).cpu(), here.condition(y), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("shape", [(5,), (2, 16)])
+def test_vectors_and_signals_are_denoised(shape, generator):
+    problem, x = Denoising(shape, 0.3), randn(generator, 4, *shape)
+    y = problem.simulate(x, generator)
+    expected = scipy.stats.norm.logpdf(y, x, 0.3).reshape(4, -1).sum(1)
+    torch.testing.assert_close(problem.log_likelihood(x, y), torch.from_numpy(expected))
+    assert torch.equal(problem.condition(y), y) and problem.linear
+    rebuilt = Denoising.from_config(problem.config, problem.state_dict())
+    assert torch.equal(rebuilt(x), x) and len(problem.picture(y)) == 4
+
+
 def test_colours_are_restored_under_a_prior_of_colours(make_prior, generator):
     """No prior of colours is shipped: a tiny untrained one, from the problem to a trained posterior and its draws."""
     prior = make_prior("colours")

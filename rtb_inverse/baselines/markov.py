@@ -70,12 +70,12 @@ def run_chains(
         goal: acceptance that the burn-in brings each observation's step size to.
         cost: evaluations of the likelihood in a move.
     """
+    y, own = prepare(prior, problem, y), gaussian_law(method, prior)
     check_count("n", n), check_count("steps", steps), check_count("burn_in", burn_in, 0), check_count("kept", kept)
     if kept > steps:
         raise ValueError(f"kept must be at most steps = {steps}, got {kept!r}")
     if not 0 < step_size <= LONGEST:
         raise ValueError(f"step_size must be in (0, pi / 2], got {step_size!r}")
-    y, own = prepare(prior, problem, y), gaussian_law(method, prior)
     q = law_of(law, own, prior, problem, y)
     if gradient:
         check_differentiable(method, problem, prior)
