@@ -53,7 +53,7 @@ def critical_curve(fov: float, **lens) -> tuple[Tensor, Tensor]:
     beta = shoot(torch.cartesian_prod(axis, axis), **lens).reshape(401, 401, 2)
     (a, b), (c, d) = (torch.gradient(beta[..., k], spacing=(axis, axis)) for k in (0, 1))
     curves = contour_generator(axis.numpy(), axis.numpy(), (a * d - b * c).T.numpy()).lines(0)
-    critical = torch.from_numpy(max(curves, key=len))
+    critical = torch.from_numpy(max(map(np.asarray, curves), key=len))
     return critical, shoot(critical, **lens)
 
 
