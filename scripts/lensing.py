@@ -5,7 +5,7 @@
 
 Of a galaxy and of draws of a Gaussian-process prior: draws of the guided posterior (no training needed here) and of DPS (the --zeta of
 the least CRPS on 2 others) against exact mean, standard deviation and evidence. Means over observations with standard errors (coverage:
-without the galaxy), report.txt, and lensing.png of the galaxy. Three minutes.
+without the galaxy), report.txt, and lensing.png of the galaxy. Five minutes.
 """
 
 import argparse
