@@ -36,6 +36,7 @@ y = problem.simulate(x, generator)
 start, posterior = time.perf_counter(), Posterior(prior, problem)
 plain = importance(posterior, y, o.draws, generator, progress=True)
 rate = plain.log_w.numel() / (time.perf_counter() - start)
+times = [f"{rate:.0f} draws a second of {posterior.steps} evaluations of the denoiser"]
 draws = smc(posterior, y, o.draws, generator, progress=True)
 found = {"log Z by importance": plain.log_z, "by SMC": draws.log_z, "ELBO": plain.log_w.mean(0), f"ESS of {o.draws}": plain.ess}
 found["chi² per sensor"] = problem.residual(draws.x, y).square().flatten(2).mean((0, 2))
@@ -52,10 +53,9 @@ if o.reference:
     found["mean, off by posterior stds"] = ((draws.mean - known) / std).square().flatten(1).mean(1).sqrt()
     found |= {"std, of the chains'": (draws.std / std).flatten(1).mean(1), "sliced Wasserstein, of the floor": ours / floor}
     found |= {"R-hat of the chains": chains.info["r_hat"], "their effective draws": chains.info["effective_draws"]}
-    found["seconds a y of the chains"] = torch.full((len(y),), (time.perf_counter() - start) / len(y))
     columns["mean of the chains"] = known
-numbers = [f"{name} {Estimate.of(value)}" for name, value in found.items()]
-say("; ".join([*numbers, f"{rate:.0f} draws a second of {posterior.steps} evaluations of the denoiser"]))
+    times.append(f"chains of {(time.perf_counter() - start) / len(y):.0f} s a y")
+say("; ".join([*(f"{name} {Estimate.of(value)}" for name, value in found.items()), *times]))
 
 fig, axes = plt.subplots(2, 4, figsize=(12, 6), dpi=150, layout="constrained")
 plt.setp(axes, xticks=[], yticks=[], frame_on=False)
