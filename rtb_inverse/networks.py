@@ -257,7 +257,7 @@ class LogZ(nn.Module):
 
     def __init__(self, features: int, width: int = 128):
         super().__init__()
-        self.bias = nn.Parameter(torch.zeros(()))
+        self.features, self.bias = features, nn.Parameter(torch.zeros(()))
         self.pool = nn.AdaptiveAvgPool1d(min(features, 1024)) if features > 1024 else nn.Identity()
         self.layers = None
         if features:
@@ -274,4 +274,7 @@ class LogZ(nn.Module):
         """(B, ...) to (B,); None to (1,)."""
         if self.layers is None or condition is None:
             return self.bias[None]
+        if (seen := condition[0].numel()) != self.features:
+            hint = "posterior.log_evidence(y) takes y itself"
+            raise ValueError(f"condition must be what the network sees of y, {self.features} numbers each, got {seen}; {hint}")
         return self.bias + self.layers(self.pool(condition.flatten(1)))[:, 0]

@@ -255,7 +255,7 @@ class Posterior(Chain):
 
     def log_evidence(self, y: Tensor | None) -> Tensor:
         """The learned log Z(y), (B,); (1,) without observation. `importance` gives an estimate with a standard error."""
-        return self.log_z(None if y is None else self.problem.condition(y))
+        return self.log_z(None if y is None else self.problem.condition(y.to(self.gate)))
 
     def error(self, t: Tensor) -> Tensor:
         """r_t^2, (*t.shape, *shape), float64; where the prior does not know it, that of x_0 ~ N(0, I)."""

@@ -149,6 +149,10 @@ POSTERIOR = r"posterior must be a Posterior, got GaussianPrior; Posterior\(prior
             lambda: rollout(white(), 2, start=torch.zeros((5, 1, 2), dtype=D), level=2),
             ValueError, r"start must have shape \(n, B, \*shape\), \(2, 1, 2\), got \(5, 1, 2\)",
         ),
+        (
+            lambda: Posterior(white(), Inpainting((2,), mask=torch.tensor([True, False]))).log_z(torch.zeros((1, 1))),
+            ValueError, r"condition must be what the network sees of y, 2 numbers each, got 1; posterior\.log_evidence\(y\) takes y",
+        ),
         (lambda: renoise(white(), torch.zeros((1, 2)), from_level=9), ValueError, "from_level and to_level must be levels"),
     ],
 )  # fmt: skip
