@@ -152,7 +152,7 @@ class DiffusersPrior(Prior):
             for _ in range(2):
                 self.measure_error(self.sample(EXAMPLES, generator, progress=True), knots, generator)
             return self
-        x = check_tensor("x", self.draws if x is None else x, self.shape)
+        x = check_tensor("x", self.draws if x is None else x, self.shape).to(self._options()["device"])
         self.error = DenoiserError.measure(self.schedule, self.denoise, x, len(self.shape), knots, generator=generator)
         return self
 

@@ -18,7 +18,7 @@ from rtb_inverse.averaging import ExponentialMovingAverage
 from rtb_inverse.checkpoints import load_into, load_weights, read_json, save_tensors, shipped, write_json
 from rtb_inverse.checks import check_count, check_number, check_positive, check_writable
 from rtb_inverse.prior_training import generator_of_step
-from rtb_inverse.randomness import standard_normal
+from rtb_inverse.randomness import generator_on, standard_normal
 
 SHAPE = (1, 8, 8)
 FILE, CONFIG = "generator.safetensors", "generator_config.json"
@@ -113,7 +113,8 @@ class GANTraining(LightningModule):
         return self.critic((x + self.blur * noise).flatten(1))[:, 0]
 
     def make(self, n: int, generator: Generator) -> Tensor:
-        return self.generator(torch.randn((n, self.generator.latent), generator=generator, device=self.device))
+        z = torch.randn((n, self.generator.latent), generator=generator_on(self.device, generator), device=self.device)
+        return self.generator(z)
 
     def step(self, optimizer, loss: Tensor) -> None:
         optimizer.zero_grad()

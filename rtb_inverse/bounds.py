@@ -7,16 +7,28 @@ with log w = log p(tau) + beta log p(y | x_0) - log q(tau | y). The ELBO alone r
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Generator, Tensor
 
-from rtb_inverse.chains import Trajectory, path_log_prob, rollout
+from rtb_inverse.chains import Prior, Trajectory, path_log_prob, rollout
 from rtb_inverse.diagnostics import Estimate, elbo, eubo
 from rtb_inverse.posterior import Posterior
 
 OWN = 2**20  # in the low 32 bits of a seed, which are all that torch uses on the CPU
+
+
+@contextmanager
+def full_precision(prior: Prior) -> Iterator[None]:
+    """Within it networks are not rounded to 16 bits: bounds compare two chains, which are to be the same ones each time."""
+    was, prior.autocast = prior.autocast, None
+    try:
+        yield
+    finally:
+        prior.autocast = was
 
 
 class BoundsOverTraining:
@@ -52,7 +64,8 @@ class BoundsOverTraining:
     def _simulate(self) -> None:
         """One prior roll-out for each observation, and the log-density of it together with its y."""
         posterior, generator = self.posterior, self._generator()
-        paths = rollout(posterior.prior, self.n, None, generator)
+        with full_precision(posterior.prior):
+            paths = rollout(posterior.prior, self.n, None, generator)
         self.y = posterior.problem.simulate(posterior.decode(paths.x_0[:, 0]), generator)
         self.paths = Trajectory(paths.x.transpose(1, 2), paths.times, self.y)
         self.log_joint = paths.log_prob.T + posterior.log_likelihood(self.paths.x_0, self.y)
@@ -61,10 +74,11 @@ class BoundsOverTraining:
     def log_weights(self) -> tuple[Tensor, Tensor | None]:
         """log w of paths of the posterior's own, (1, B), and, where y was simulated, of the exact one's, (1, B)."""
         posterior = self.posterior
-        paths = rollout(posterior, self.n if self.paths is None else 1, self.y, self._generator(own=True))
-        log_joint = path_log_prob(posterior.prior, paths, self.chunk_size) + posterior.log_likelihood(paths.x_0, paths.y)
-        own = (log_joint - paths.log_prob).flatten()[None]
-        return own, None if self.paths is None else self.log_joint - path_log_prob(posterior, self.paths, self.chunk_size)
+        with full_precision(posterior.prior):
+            paths = rollout(posterior, self.n if self.paths is None else 1, self.y, self._generator(own=True))
+            log_joint = path_log_prob(posterior.prior, paths, self.chunk_size) + posterior.log_likelihood(paths.x_0, paths.y)
+            own = (log_joint - paths.log_prob).flatten()[None]
+            return own, None if self.paths is None else self.log_joint - path_log_prob(posterior, self.paths, self.chunk_size)
 
     def gap(self) -> Tensor:
         """EUBO less ELBO: how far the posterior and the exact one are from one another, both ways; infinite for a posterior whose states

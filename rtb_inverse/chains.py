@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from rtb_inverse.checks import check_choice, check_count, check_positive
 from rtb_inverse.distributions import GaussianStep, along, draw
-from rtb_inverse.randomness import fixed_normal, standard_normal
+from rtb_inverse.randomness import check_generator, fixed_normal, standard_normal
 from rtb_inverse.schedules import Schedule, expand
 
 VARIANCES = ("analytic", "small", "large")
@@ -294,6 +294,7 @@ def rollout(
         progress: show a progress bar.
     """
     n, b, level = check_count("n", n), 1 if y is None else len(y), chain.steps if level is None else check_count("level", level)
+    check_generator(generator)
     if level > chain.steps or (start is None and level < chain.steps):
         raise ValueError(f"level must be at most the {chain.steps} steps of the chain, and all of them without a start, got {level}")
     if start is not None and start.shape != (n, b, *chain.shape):

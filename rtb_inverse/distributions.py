@@ -27,7 +27,7 @@ def draw(distribution: Distribution, generator: Generator | None = None) -> Tens
 def global_state_from(generator: Generator) -> Iterator[None]:
     """For what knows the global random state only (torch's distributions, dropout): seeded from the generator, and restored afterwards."""
     seed = int(torch.randint(2**62, (), generator=generator_on(torch.device("cpu"), generator), device="cpu"))
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         yield
 

@@ -214,7 +214,7 @@ def judge(
     start, draws = time.perf_counter(), sample()
     seconds = (time.perf_counter() - start) / draws.log_w.numel()
     x = draws.x if proposal else draws.resample(generator=generator).x
-    found = scores(problem, x, y, truth)
+    found = scores(problem, x, y.to(x.device), truth.to(x.device))
     said = ", ".join(f"{name} {Estimate.of(found[name])}" for name in BRIEF if name in found)
     said += f" ({interval_level(len(x), 0.9):.3f})" + (f", elbo {Estimate.of(elbo(draws.log_w))}" if proposal else "")
     said += f", log_z {Estimate.of(draws.log_z)}" if draws.log_w.any() else ""

@@ -19,6 +19,7 @@ from rtb_inverse.chains import Prior
 from rtb_inverse.distributions import GaussianStep, along
 from rtb_inverse.guidance import Guide, Update
 from rtb_inverse.problems import InverseProblem
+from rtb_inverse.randomness import fixed_normal
 
 LIMIT = 2**14  # elements of J
 STARTS = 512  # draws of the prior, the best of which is where the search for the mode begins
@@ -41,7 +42,7 @@ class LaplaceGuidance(Guide):
         super().__init__()
         self.problem, self.beta, self.event_dim = problem, beta, len(prior.shape)
         self._decode, self.schedule = prior.decode, prior.schedule
-        x = prior.sample(STARTS, torch.Generator(prior._options()["device"]).manual_seed(2))
+        x = fixed_normal(2, (STARTS, *prior.shape), prior._options()["dtype"]).to(prior._options()["device"])  # the same on every device
         self.register_buffer("starts", torch.cat([torch.zeros_like(x[:1]), x]), persistent=False)
         self._last: tuple[Tensor, tuple[Tensor, Tensor, Tensor]] | None = None
 

@@ -268,9 +268,10 @@ class PosteriorTraining(LightningModule):
         """Over devices. The gradient comes from several backward passes of chunks, which DistributedDataParallel's own reduction, made
         for one pass, does not see (it acts on `manual_backward` only)."""
         if self.trainer.world_size > 1:
-            for parameter in self.parameters():
-                if parameter.grad is not None:
-                    parameter.grad = self.trainer.strategy.reduce(parameter.grad, reduce_op="mean")
+            for parameter in (*self.posterior.trainable(), *self.posterior.log_z.parameters()):
+                if parameter.grad is None:  # of a step that another device has drawn: all reduce the same
+                    parameter.grad = torch.zeros_like(parameter)
+                parameter.grad = self.trainer.strategy.reduce(parameter.grad, reduce_op="mean")
 
     def _gather(self, step: int) -> None:
         """Draws of the averaged posterior enter the buffer as often as their exact path weights, tempered if need be, say."""
@@ -435,9 +436,10 @@ class PosteriorTraining(LightningModule):
         self._restored, self._loaded = checkpoint["sources"], True
 
     def _restore(self, sources: dict) -> None:
-        if self.global_rank == 0:
-            self.generator.set_state(sources["generator"].cpu())
-        else:  # a checkpoint holds the first device's state; the others must not repeat it
+        state = sources["generator"].cpu()
+        if self.global_rank == 0 and state.shape == self.generator.get_state().shape:
+            self.generator.set_state(state)
+        else:  # a checkpoint holds the first device's state; the others must not repeat it, and another kind of device cannot go on from it
             self.generator.manual_seed(self.seed + self.global_rank + 1000 * self.trainer.global_step)
         if self.pool is not None:
             self.pool.load_state_dict(sources["pool"])
@@ -473,7 +475,7 @@ def fit(
     module = PosteriorTraining(posterior, y, data, seed=seed, **options)
     settings: dict[str, Any] = {
         "accelerator": "cpu" if device.type == "cpu" else "auto",
-        "devices": 1,
+        "devices": [device.index] if device.index is not None and device.type == "cuda" else 1,
         "logger": False,
         "enable_checkpointing": False,
     }

@@ -83,7 +83,7 @@ class NoiseRange(InverseProblem):
         Raises:
             ValueError: a measurement that the problem refuses; a level out of range.
         """
-        measurement = check_tensor("measurement", measurement, self.operator._known_y_shape())
+        measurement = check_tensor("measurement", measurement, self.operator._known_y_shape()).to(self.noise.low.device)
         given, (low, high) = torch.as_tensor(level).to(measurement), (float(self.noise.low), float(self.noise.high))
         if given.shape not in ((), (len(measurement),)) or not bool((given > 0).all() & given.isfinite().all()):
             expected = f"a number in [{low:g}, {high:g}], or one for each of the {len(measurement)} measurements"

@@ -106,7 +106,7 @@ class Posterior(Chain):
         self.gate = nn.Parameter(torch.ones(prior.steps, **options))
         self.log_scale = nn.Parameter(torch.zeros(prior.steps, **options))
         condition = self._probe_condition()
-        with torch.random.fork_rng():  # the first weights of the added layers depend on no global state
+        with torch.random.fork_rng(range(torch.cuda.device_count())):  # the first weights of the added layers depend on no global state
             torch.manual_seed(0)
             self.network = (network or self._network(condition)).to(**options)
             self.log_z = LogZ(0 if condition is None else condition[0].numel()).to(**options)
@@ -361,7 +361,9 @@ class Posterior(Chain):
         return Particles(x, x.new_zeros(x.shape[:2]))
 
     def check_y(self, y: Tensor | None) -> Tensor | None:
-        """y in the chain's device and dtype if it is a finite batch (B, *y_shape)."""
+        """y in the chain's device and dtype, where the problem, which others may share, is brought too, if it is a finite batch
+        (B, *y_shape)."""
+        self.problem.to(self.gate.device)
         y = self.problem.check_y(y.to(self.gate.device) if isinstance(y, Tensor) else y)
         return y if y is None else y.to(self.gate.dtype)
 

@@ -11,7 +11,7 @@ from torch import Generator, Tensor, nn
 from rtb_inverse.checks import check_finite, check_tensor
 from rtb_inverse.noise import GaussianNoise, Noise, noise_from_config
 from rtb_inverse.particles import check_below_infinity
-from rtb_inverse.randomness import fixed_normal
+from rtb_inverse.randomness import check_generator, fixed_normal
 
 BEYOND = 10  # standard deviations of Gaussian noise, beyond which a y is a mistake (of its units, say)
 FAR = 30  # times what draws of the prior give and noise adds: beyond, y may be in other units
@@ -99,7 +99,8 @@ class InverseProblem(nn.Module):
         return cls(weights["operator.matrix"], noise_from_config(config["noise"], held))
 
     def bind(self, shape, x: Tensor | None = None) -> "InverseProblem":
-        """Fix the shape of x, and try the operator on a few x of that shape. Returns itself, moved to where these x lie.
+        """Fix the shape of x, and try the operator on a few x of that shape. Returns itself, which moves in place to where given x lie,
+        and its operator with it.
 
         Args:
             x: where the prior lives, and in its dtype, (M, *shape), M at least 2; by default x ~ N(0, I).
@@ -108,12 +109,12 @@ class InverseProblem(nn.Module):
             ValueError: the shape differs from one given before; the operator drops or changes the batch, or returns non-finite values.
         """
         shape = torch.Size(shape)
-        if x is not None:
-            self.to(x.device)
         if self.shape is not None and self.shape != shape:
             raise ValueError(
                 f"problem is for x of shape {tuple(self.shape)}, but the prior draws x of shape {tuple(shape)}; they must agree"
             )
+        if x is not None:
+            self.to(x.device)
         if self.shape is None:
             self._probe(shape, x)
             self.shape = shape
@@ -129,9 +130,12 @@ class InverseProblem(nn.Module):
     def _probe(self, shape: torch.Size, examples: Tensor | None = None) -> None:
         """Try the operator on examples, by default x ~ N(0, I)."""
         normal = examples is None
-        x = fixed_normal(0, (TRIED, *shape)) if examples is None else examples.detach().clone()
-        device = next((buffer.device for buffer in self.buffers()), torch.device("cpu"))
-        x, self.tried_in = x.to(device), x.dtype
+        if examples is None:
+            x = fixed_normal(0, (TRIED, *shape))
+            x = x.to(next((tensor.device for tensor in (*self.buffers(), *self.parameters())), x.device))
+        else:
+            x = examples.detach().clone()
+        self.tried_in = x.dtype
         with torch.enable_grad():
             x.requires_grad_()
             try:
@@ -170,13 +174,14 @@ class InverseProblem(nn.Module):
     @torch.no_grad()
     def _affine(self, x: Tensor) -> bool:
         """Whether A(u) + A(v) = A(u + d) + A(v - d), output by output, for u, v, d of the spread of the x (M, *shape); not where that is
-        NaN, or A refuses such x."""
+        NaN, or A refuses such x. A GPU's convolutions round to three digits (TF32) unless told not to."""
         spread = (x - x.mean(0)).square().mean().sqrt()
         noise = fixed_normal(1, x.shape, x.dtype).to(x.device)
         u = torch.cat([x, x + spread * noise])
         v, d = u.roll(1, 0), u.roll(2, 0) - u.roll(3, 0)
         try:
-            here, moved, back = self._measured(torch.cat([u, u + d, v - d])).chunk(3)
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+                here, moved, back = self._measured(torch.cat([u, u + d, v - d])).chunk(3)
         except Exception as error:
             hint = "it is taken for one that is not affine; linear=True says that it is"
             warnings.warn(f"operator refused x about those of the prior ({type(error).__name__}: {error}): {hint}", stacklevel=2)
@@ -213,6 +218,7 @@ class InverseProblem(nn.Module):
 
     def simulate(self, x: Tensor, generator: Generator | None = None) -> Tensor:
         """A draw y ~ p(y | x) for each x of (*batch, *shape)."""
+        check_generator(generator)
         return self.noise.sample(check_finite("operator's output", self(x)), generator)
 
     def log_likelihood(self, x: Tensor, y: Tensor) -> Tensor:

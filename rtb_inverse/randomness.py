@@ -9,17 +9,17 @@ from torch import Generator, Tensor
 from rtb_inverse.checks import check_seed
 
 
-def generator_on(device: torch.device, generator: Generator | None) -> Generator | None:
-    """The generator, or, if it lies on another device, one there, seeded by its next number; None for torch's global one.
-
-    Raises:
-        TypeError: it is neither a torch.Generator nor None.
-    """
-    if generator is None:
-        return None
-    if not isinstance(generator, Generator):
+def check_generator(generator) -> None:
+    """Raise TypeError where it is neither a torch.Generator nor None."""
+    if generator is not None and not isinstance(generator, Generator):
         raise TypeError(f"generator must be a torch.Generator, as torch.Generator().manual_seed(0) makes one, got {generator!r}")
-    if generator.device.type == device.type:
+
+
+def generator_on(device: torch.device, generator: Generator | None) -> Generator | None:
+    """The generator, or, if it lies on another device, one there, seeded by its next number; None for torch's global one. TypeError: as in
+    `check_generator`."""
+    check_generator(generator)
+    if generator is None or generator.device.type == device.type:
         return generator
     return Generator(device).manual_seed(int(torch.randint(2**62, (), generator=generator, device=generator.device)))
 

@@ -183,11 +183,21 @@ class VariancePreserving(Schedule):
         return self.scheduler.alphas_cumprod.double()
 
     @cached_property
+    def _angles(self) -> dict[torch.device, Tensor]:
+        return {}
+
+    @cached_property
     def angles(self) -> Tensor:
         return torch.atan2((1 - self.alphas_cumprod).clamp_min(0).sqrt(), self.alphas_cumprod.clamp_min(0).sqrt())
 
+    def angles_on(self, device: torch.device) -> Tensor:
+        """Kept on each device: a GPU would wait for a copy."""
+        if device not in self._angles:
+            self._angles[device] = self.angles.to(device)
+        return self._angles[device]
+
     def alpha_sigma(self, t):
-        angles, position = self.angles.to(t.device), t.double().clamp(0, self.num_train_timesteps - 1)
+        angles, position = self.angles_on(t.device), t.double().clamp(0, self.num_train_timesteps - 1)
         low = position.long().clamp_max(self.num_train_timesteps - 2) if self.num_train_timesteps > 1 else position.long()
         high = (low + 1).clamp_max(self.num_train_timesteps - 1)
         angle = torch.lerp(rows(angles, low), rows(angles, high), position - low).where(t >= 0, torch.zeros_like(position))

@@ -15,7 +15,7 @@ from rtb_inverse.chains import Bridges, Trajectory, chunks, path_log_prob, rollo
 from rtb_inverse.checks import check_finite
 from rtb_inverse.objectives import tempered
 from rtb_inverse.posterior import Posterior
-from rtb_inverse.randomness import standard_normal
+from rtb_inverse.randomness import generator_on, standard_normal
 
 ROUNDS, COPIES = 2, 4  # of `fit_head`: regressions, and states of each draw at each level
 COUNTS = 1 / 3  # of the draws, that their effective sample size is to be
@@ -71,7 +71,7 @@ def fit_head(
         paths = rollout(posterior, n, y, generator)
         log_q, log_p, log_lik = score(posterior, paths, chunk_size)
         weights = tempered(log_p + log_lik - log_q, COUNTS)[:, 0].softmax(0)
-        picked = torch.multinomial(weights, COPIES * n, replacement=True, generator=generator)
+        picked = torch.multinomial(weights, COPIES * n, replacement=True, generator=generator_on(weights.device, generator))
         x_0 = paths.x_0[picked]
         d, r = head.basis.shape
         if r < d:

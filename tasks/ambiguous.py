@@ -6,6 +6,7 @@ object does, so p(y | object) = int N(x; m, std^2 I) p(y | x) dx is the same for
     p(image | y) = w_image p(y | object) / p(y),      p(y) = sum over images of w_image p(y | object).
 """
 
+import copy
 from itertools import product
 
 import torch
@@ -82,7 +83,7 @@ class AmbiguousObjects(ExactProblem):
         means = self.images.flatten(0, 2).flatten(1)
         covariance = (self.std**2 * torch.eye(size**2)).expand(len(means), -1, -1)
         prior = EqualImages(weights.flatten(), means, covariance, steps=steps)
-        super().__init__(prior, InverseProblem(Flat(self.diffraction), self.diffraction.noise, linear=False))
+        super().__init__(prior, InverseProblem(Flat(self.diffraction), copy.deepcopy(self.diffraction.noise), linear=False))
 
     def given_object(self, y: Tensor, n: int = 1024, generator: Generator | None = None) -> list[Particles]:
         """For each object, as it is and at the first shift: weighted draws of p(x | y, object), x (n, B, n^2 of the frame), whose `log_z`

@@ -80,7 +80,7 @@ class PlaneProblem(ExactProblem):
     @cached_property
     def grid(self) -> Tensor:
         """x_i, the centres of the cells, (cells^2, 2)."""
-        axis = (torch.arange(self.cells, dtype=torch.float64) + 0.5) * self.side - self.reach
+        axis = (torch.arange(self.cells, dtype=torch.float64, device="cpu") + 0.5) * self.side - self.reach
         return torch.cartesian_prod(axis, axis)
 
     @cached_property

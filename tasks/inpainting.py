@@ -116,7 +116,7 @@ class Inpainting(InverseProblem):
 
     def observed(self, image: Tensor) -> Tensor:
         """The seen elements of images (..., *shape): (..., m)."""
-        return image[..., self.mask]
+        return image[..., self.mask.to(image.device)]
 
     def image(self, y: Tensor, fill: float = 0.0) -> Tensor:
         """y (..., m) laid out on x's grid, with `fill` where x is hidden: (..., *shape)."""

@@ -46,14 +46,18 @@ def shoot(theta: Tensor, einstein_radius, axis_ratio, angle, centre, shear) -> T
 
 def critical_curve(fov: float, **lens) -> tuple[Tensor, Tensor]:
     """Where the magnification is infinite, (R, 2) [arcsec], the longest curve within the field of view; and what its rays see, the
-    caustic."""
-    from contourpy import contour_generator
+    caustic. ValueError: a field of view that does not hold it whole."""
+    from matplotlib.figure import Figure
 
     axis = torch.linspace(-fov, fov, 401, dtype=torch.float64) / 2
     beta = shoot(torch.cartesian_prod(axis, axis), **lens).reshape(401, 401, 2)
     (a, b), (c, d) = (torch.gradient(beta[..., k], spacing=(axis, axis)) for k in (0, 1))
-    curves = contour_generator(axis.numpy(), axis.numpy(), (a * d - b * c).T.numpy()).lines(0)
-    critical = torch.from_numpy(max(map(np.asarray, curves), key=len))
+    curves = Figure().subplots().contour(axis, axis, (a * d - b * c).T, [0]).allsegs[0]
+    critical = torch.from_numpy(max(map(np.asarray, curves), key=len)) if curves else axis.new_zeros(1, 2)
+    centre, step = torch.tensor(lens["centre"]).to(axis), axis[1] - axis[0]
+    closed = (critical[0] - critical[-1]).norm() < step and (critical - centre).norm(dim=1).min() > 4 * step
+    if not closed:
+        raise ValueError(f"fov must hold the critical curve whole, got {fov:g} about a lens of {lens!r}")
     return critical, shoot(critical, **lens)
 
 
@@ -97,14 +101,14 @@ class LensedImage(nn.Module):
     def __init__(self, matrix: sparse.csr_array, n: int, m: int, sky: float):
         super().__init__()
         self.n, self.m, self.sky, coo = n, m, sky, matrix.tocoo()
-        self.register_buffer("indices", torch.from_numpy(np.stack(coo.coords)).long(), persistent=False)
-        self.register_buffer("values", torch.from_numpy(coo.data).float(), persistent=False)
+        device = torch.get_default_device()
+        self.register_buffer("indices", torch.from_numpy(np.stack(coo.coords)).to(device, torch.long), persistent=False)
+        self.register_buffer("values", torch.from_numpy(coo.data).to(device, torch.float32), persistent=False)
 
     def sparse(self, dtype: torch.dtype) -> Tensor:
         """A, (m m, n n)."""
-        return torch.sparse_coo_tensor(
-            self.indices, self.values.to(dtype), (self.m**2, self.n**2), is_coalesced=True, check_invariants=False
-        )
+        values, size = self.values.to(dtype), (self.m**2, self.n**2)
+        return torch.sparse_coo_tensor(self.indices, values, size, is_coalesced=True, check_invariants=False, device=values.device)
 
     def product(self, x: Tensor) -> Tensor:
         """A x, without the sky."""
@@ -158,7 +162,7 @@ class Lensing(LinearTask):
             "axis_ratio": float(check_ratio("axis_ratio", axis_ratio)), "centre": centre, "shear": shear,
         }  # fmt: skip
 
-        with torch.device("cpu"):
+        with torch.device("cpu"):  # where scipy is
             PB, theta = detector(m, s, image_fov, psf_fwhm)
             A = sparse.kron(PB, PB, format="csr") @ interpolation(shoot(theta, **lens), n, source_fov)
         A.sort_indices()

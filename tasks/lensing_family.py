@@ -103,7 +103,7 @@ class LensingFamily(InverseProblem):
         Raises:
             ValueError: an image of another shape; a lens out of range.
         """
-        image = self.operator.check_y(image)
+        image = self.operator.check_y(image).to(self.noise.low.device)
         v, k = torch.as_tensor(v).to(image).expand(len(image), -1).clone(), self.noise.names.index("angle")
         low, high = self.noise.low[k].to(v), self.noise.high[k].to(v)
         if high - low > math.pi - 1e-6:
@@ -180,7 +180,7 @@ class LensingFamily(InverseProblem):
         """Which pixels of the source have more than one image behind lenses v (B, 5), (B, n, n): those with a mirrored one, where
         det(d beta / d theta) < 0, which a lens makes of nothing that it shows once. By rays x rays of them over the image."""
         of, n = self.operator.config, self.shape[-1]
-        axis = of["image_fov"] * torch.linspace(-0.5, 0.5, rays, dtype=torch.float64)
+        axis = of["image_fov"] * torch.linspace(-0.5, 0.5, rays, dtype=torch.float64, device=v.device)
         b, q, angle, *shear = v.double()[..., None].unbind(1)
         beta = (
             shoot(torch.cartesian_prod(axis, axis).flip(1), b, q, angle, of["centre"], shear).unflatten(1, (rays, rays)) / of["source_fov"]
@@ -188,7 +188,7 @@ class LensingFamily(InverseProblem):
         by_row, by_column = torch.gradient(beta, dim=(1, 2))
         mirrored = (by_column[..., 0] * by_row[..., 1] < by_column[..., 1] * by_row[..., 0]) & (beta.abs().amax(-1) < 0.5)
         pixel = ((beta[mirrored] + 0.5) * n).long()
-        found = torch.zeros((len(v), n, n), dtype=torch.bool)
+        found = torch.zeros((len(v), n, n), dtype=torch.bool, device=v.device)
         found[mirrored.nonzero()[:, 0], pixel[:, 1], pixel[:, 0]] = True
         return found
 

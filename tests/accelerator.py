@@ -2,8 +2,8 @@
 
 Within `accelerator()` a tensor of the device "meta" is a `There`: it holds a tensor of the CPU, on which all is computed, and what a GPU
 would refuse raises RuntimeError: tensors of two devices in one call (numbers of the CPU apart), a generator of another device, numpy.
-The second derivative of `torch.maximum` by torch.func does not survive it, so elements that are seen one by one (HDR, quantisation) do
-without.
+The second derivative of `torch.maximum` by torch.func does not survive it, nor does it hold sparse matrices, so elements that are seen
+one by one (HDR, quantisation) and `Lensing` do without.
 """
 
 import sys

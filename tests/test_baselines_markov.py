@@ -153,7 +153,7 @@ def test_priors_and_operators_that_do_not_serve():
         pcn(make_mixture(), matrix, y, 2)
     for method in (pcn, hmc):
         with pytest.raises(TypeError, match="prior must be a Prior"):
-            method(matrix, y, y)  # two arguments in the wrong places: the first is named
+            method(3, matrix, y, 0)
     with pytest.raises(ValueError, match="differentiable operator for hmc"):
         hmc(make_gaussian(), InverseProblem(lambda x: x.detach().flatten(1) @ A.T.to(x), GaussianNoise(0.5)), y, 2)
     for method in (pcn, hmc):

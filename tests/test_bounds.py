@@ -14,6 +14,7 @@ from rtb_inverse.chains import path_log_prob
 from rtb_inverse.lightning import ObservationData, PosteriorTraining
 from rtb_inverse.posterior import Posterior
 from rtb_inverse.problems import GaussianNoise, InverseProblem, Reward
+from tasks import Inpainting
 
 MATRIX = torch.tensor([[0.6, 0.8]], dtype=torch.float64)
 STEPS, EVERY = 30, 10
@@ -103,3 +104,18 @@ def test_without_simulated_observations_there_is_an_elbo_alone(kind, tmp_path):
 def test_the_number_of_measurements_is_checked():
     with pytest.raises(ValueError, match="bounds must be an integer of at least 0, got -1"):
         PosteriorTraining(make(), bounds=-1)
+
+
+def test_bounds_are_of_networks_in_full_precision(make_prior):
+    posterior = Posterior(make_prior("unet2d"), Inpainting((1, 8, 8), "half"))
+    bounds = BoundsOverTraining(posterior, observations=3)
+    expected = bounds.log_weights()
+    posterior.prior.autocast = torch.bfloat16
+    rounded = path_log_prob(posterior.prior, bounds.paths)
+    try:
+        found = BoundsOverTraining(posterior, observations=3).log_weights()
+        assert posterior.prior.autocast is torch.bfloat16
+    finally:
+        posterior.prior.autocast = None
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert not torch.equal(rounded, path_log_prob(posterior.prior, bounds.paths))

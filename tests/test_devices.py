@@ -8,9 +8,11 @@ from accelerator import ThereAccelerator
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from priors import DiffusersPrior, GeneratorPrior, RandomField
 from rtb_inverse import (
+    BernoulliNoise,
     GaussianNoise,
     InverseProblem,
     NoiseRange,
@@ -25,14 +27,16 @@ from rtb_inverse import (
     simulate_observations,
     smc,
 )  # fmt: skip
-from rtb_inverse.baselines import dps, fps_smc, hmc, pcn, twisted
+from rtb_inverse.baselines import deepinv_sampler, dps, fps_smc, hmc, pcn, twisted
 from rtb_inverse.chains import Trajectory, renoise
 from rtb_inverse.data import ObservationData
+from rtb_inverse.evaluation import judge
 from rtb_inverse.lightning import PosteriorTraining, quiet
 from rtb_inverse.training import score
 from tasks import (
     AmbiguousObjects,
     ClassConstraint,
+    ClassReward,
     CompressedSensing,
     Deblurring,
     Inpainting,
@@ -181,10 +185,82 @@ def test_lightning_takes_a_posterior_elsewhere(make_prior, elsewhere, tmp_path, 
 def test_a_problem_moves_to_its_prior(make_prior, elsewhere, generator):
     prior = make_prior("unet2d").to(elsewhere)
     mask = torch.ones(IMAGE, device=elsewhere)
-    for problem in (Inpainting(IMAGE, "half"), CompressedSensing(IMAGE), InverseProblem(lambda x: x * mask, GaussianNoise(0.1))):
+    of_a_function = InverseProblem(lambda x: x * mask, BernoulliNoise())  # neither has a tensor of its own to tell where it lies
+    for problem in (
+        Inpainting(IMAGE, "half"), CompressedSensing(IMAGE), InverseProblem(lambda x: x * mask, GaussianNoise(0.1)), of_a_function,
+        ClassConstraint(classifier()), InverseProblem(classifier(), BernoulliNoise()),
+    ):  # fmt: skip
         posterior = Posterior(prior, problem)
         assert {tensor.device.type for tensor in (*posterior.parameters(), *posterior.buffers())} == {elsewhere.type}
-        dps(prior, problem.to("cpu"), torch.zeros((1, *problem.y_shape)), 2, generator)
+        y = problem.simulate(prior.sample(1, generator), generator).cpu()
+        dps(prior, problem.to("cpu"), y, 2, generator)
+    assert Posterior(prior, ClassReward(classifier(), 1)).sample(None, 2, generator).x.device.type == elsewhere.type
+
+
+def test_two_posteriors_share_a_problem(make_prior, elsewhere, generator):
+    problem = Inpainting(IMAGE, "half")
+    here, there = Posterior(make_prior("unet2d"), problem), Posterior(make_prior("unet2d").to(elsewhere), problem)
+    for posterior in (here, there, here):
+        assert posterior.sample(torch.zeros(1, 32), 2, generator).x.device.type == posterior.gate.device.type
+    refused = Inpainting((1, 4, 4))
+    with pytest.raises(ValueError, match="problem is for x of shape"):
+        Posterior(there.prior, refused)
+    assert refused.noise.std.device.type == "cpu"
+
+
+def test_what_lies_here_is_taken_there(make_prior, elsewhere, generator):
+    """Images, held-out data and truths of the CPU, once all else is elsewhere."""
+    prior, problem, lenses = make_prior("unet2d").to(elsewhere), Inpainting(IMAGE, "half"), ON_IMAGES["lenses"]()
+    posterior = Posterior(prior, problem)
+    image = torch.randn((3, *IMAGE), generator=generator)
+    assert torch.equal(problem.observed(image), image[..., :4, :].flatten(1))
+    assert prior.measure_error(image.repeat(8, 1, 1, 1), generator=generator).denoiser_error(prior.times[1]).device.type == elsewhere.type
+    y = problem.observed(image)
+    assert "psnr" in judge(problem, lambda: importance(posterior, y, 4, generator), y, image, generator)[1]
+    lenses.to(elsewhere)
+    v = lenses.split(lenses.simulate(image.to(elsewhere), generator))[1]
+    assert lenses.several(v).device.type == elsewhere.type
+
+
+def test_deepinv_takes_a_generator_that_lies_here(make_prior, elsewhere, generator):
+    prior, problem = make_prior("unet2d").to(elsewhere), Inpainting(IMAGE, "half")
+    for name in ("dps", "pigdm"):
+        assert deepinv_sampler(name, prior, problem, torch.zeros(1, 32), 2, generator, steps=4).x.device.type == elsewhere.type
+
+
+def test_guides_are_moved_once(make_prior, elsewhere, generator):
+    """A posterior that was used here and moved keeps what its guide knows there, not here."""
+    for problem in (Deblurring(IMAGE, size=5), PhaseRetrieval(IMAGE)):
+        posterior = Posterior(make_prior("unet2d"), problem)
+        y = problem.simulate(posterior.prior.sample(1, generator), generator)
+        posterior.sample(y, 2, generator), posterior.to(elsewhere).sample(y, 2, generator)
+        kept = posterior.guide._known if isinstance(problem, Deblurring) else posterior.guide._roots
+        assert {key[-1].type for key in kept} == {"cpu", elsewhere.type}
+        assert all(leaf.device.type == key[-1].type for key, value in kept.items() for leaf in tree_leaves(value))
+
+
+@pytest.mark.gpu
+def test_a_convolution_is_affine_on_a_gpu():
+    kernel = torch.rand(1, 1, 5, 5, generator=torch.Generator().manual_seed(0)).cuda() / 25
+    problem = InverseProblem(lambda x: nn.functional.conv2d(x, kernel, padding=2), GaussianNoise(0.1))
+    assert problem.bind((1, 28, 28), torch.randn(3, 1, 28, 28).cuda()).linear
+
+
+@pytest.mark.gpu
+def test_a_sparse_operator():
+    prior = DiffusersPrior.from_pretrained("priors/digits", steps=4).to("cuda")
+    posterior = Posterior(prior, Lensing(IMAGE, pixels=12, noise_std=0.1, sky=-1.0))
+    assert posterior.sample(torch.zeros(1, 1, 12, 12), 2).x.device.type == "cuda"
+
+
+def test_an_observation_with_its_level_or_its_lens(make_prior, elsewhere, generator):
+    """Made of a measurement that is here, by a problem that has moved."""
+    prior = make_prior("unet2d").to(elsewhere)
+    level, lens = ON_IMAGES["noise range"](), ON_IMAGES["lenses"]()
+    for problem, measurement, of in ((level, torch.zeros(1, 48), 0.2), (lens, torch.zeros(1, 1, 12, 12), [1.0, 0.8, 0.0, 0.0, 0.0])):
+        posterior = Posterior(prior, problem)
+        y = problem.observation(measurement, of)
+        assert posterior.sample(y, 2, generator).x.device.type == elsewhere.type
 
 
 def test_an_operator_that_lies_elsewhere_is_told_from_a_broken_one(elsewhere):

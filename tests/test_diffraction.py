@@ -387,3 +387,13 @@ def test_bad_objects_get_one_clear_error(arguments, message):
     good = {"objects": torch.ones(1, 2, 2), "size": 4, "shifts": SHIFTS, "weights": torch.ones(1, 2, 2)}
     with pytest.raises(ValueError, match=message):
         AmbiguousObjects(**(good | arguments))
+
+
+def test_a_posterior_of_ambiguous_objects_is_saved(tmp_path, generator):
+    letters = AmbiguousObjects.letters(steps=4)
+    posterior = Posterior(letters.prior, letters.problem, references=False)
+    posterior.save_pretrained(tmp_path)
+    loaded = Posterior.from_pretrained(tmp_path, problem=AmbiguousObjects.letters(steps=4).problem)
+    y = letters.problem.simulate(letters.prior.sample(1, generator), generator)
+    again = (q.sample(y, 2, torch.Generator().manual_seed(1)).x for q in (posterior, loaded))
+    assert torch.equal(*again)

@@ -382,3 +382,9 @@ def test_the_critical_curve_of_a_round_lens_is_its_ring(radius):
     critical, caustic = critical_curve(4.0, einstein_radius=radius, axis_ratio=1 - 1e-9, angle=0.0, centre=(0.1, 0.0), shear=(0.0, 0.0))
     assert float((critical - torch.tensor([0.1, 0.0])).norm(dim=1).sub(radius).abs().max()) < 0.01
     assert float((caustic - torch.tensor([0.1, 0.0])).norm(dim=1).max()) < 0.02
+
+
+def test_a_field_of_view_without_the_critical_curve():
+    for fov in (0.3, 1.5):
+        with pytest.raises(ValueError, match="fov must hold the critical curve whole"):
+            critical_curve(fov, einstein_radius=1.0, axis_ratio=0.7, angle=0.0, centre=(0.0, 0.0), shear=(0.0, 0.0))

@@ -495,3 +495,15 @@ def test_an_operator_that_mixes_the_batch(operator):
         InverseProblem(operator, GaussianNoise(0.1), (4,))
     with pytest.raises(ValueError, match="log_reward must see each element of a batch by itself"):
         Reward(lambda x: operator(x).sum(1), (4,))
+
+
+def test_an_operator_is_asked_whether_it_is_affine_at_full_precision():
+    """A GPU's convolutions round to three digits (TF32), which no affine operator would pass."""
+    was, seen = torch.backends.cudnn.allow_tf32, []
+
+    def operator(x):
+        seen.append(torch.backends.cudnn.allow_tf32)
+        return 2 * x
+
+    assert InverseProblem(operator, GaussianNoise(0.1), (4,)).linear
+    assert seen.count(False) == 1 and torch.backends.cudnn.allow_tf32 == was

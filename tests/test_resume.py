@@ -162,6 +162,15 @@ def test_a_checkpoint_is_tensors_and_plain_types(straight):
     assert checkpoint["sources"]["store"]["x_0"].shape == (6, 4, 2)
 
 
+def test_a_checkpoint_of_another_kind_of_device_is_taken_up(straight, tmp_path):
+    """Its random state has another size: 16 bytes on a GPU."""
+    checkpoint = torch.load(straight[1] / "checkpoints" / "last.ckpt", weights_only=True)
+    checkpoint["sources"]["generator"] = torch.zeros(16, dtype=torch.uint8)
+    torch.save(checkpoint, tmp_path / "other.ckpt")
+    finished = run(["fit", "--config", write_config(tmp_path), "--ckpt_path", str(tmp_path / "other.ckpt")])
+    assert finished.trainer.global_step == STEPS
+
+
 class Touch:
     """Pickled code: unpickling it writes a file."""
 

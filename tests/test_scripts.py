@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {
     "diffraction": "--draws 8 --observations 2 --rounds 1 --steps 8",
-    "lensing": "--size 10 --pixels 16 --draws 8 --observations 3",
+    "lensing": "--size 10 --pixels 16 --draws 8 --observations 2",
     "lensing_galaxies": "--prior priors/digits --pixels 16 --observations 2 --draws 4",
     "low_dose_ct": "--prior priors/digits --observations 2 --draws 4 --zeta 0.003 0.01",
     "navier_stokes": "--draws 8 --time 0.5 --reference 4",

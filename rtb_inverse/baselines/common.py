@@ -95,7 +95,8 @@ def tuned(
     found = {}
     for k, setting in enumerate(settings):
         with suppress(ValueError):  # states that left the finite numbers
-            found[k] = float(crps(method(prior, problem, y, n, generator, **setting, **options).x, x).mean())
+            draws = method(prior, problem, y, n, generator, **setting, **options).x
+            found[k] = float(crps(draws, x.to(draws.device)).mean())
     if not found:
         tried = ", ".join(" and ".join(f"{name} = {value:g}" for name, value in setting.items()) for setting in settings)
         raise ValueError(f"at least one setting must be given that does not diverge, got {tried or 'none'}")

@@ -35,7 +35,7 @@ from rtb_inverse.checks import check_choice, check_count, check_finite, check_fr
 from rtb_inverse.guidance import DENSE_LIMIT, affine
 from rtb_inverse.particles import Particles
 from rtb_inverse.problems import GaussianNoise, InverseProblem
-from rtb_inverse.randomness import fixed_normal, standard_normal
+from rtb_inverse.randomness import check_generator, fixed_normal, generator_on, standard_normal
 from rtb_inverse.schedules import CLEAN
 
 HIGHEST = 1e3  # noise level, in standard deviations of the prior, at which a schedule that ends in pure noise is started
@@ -87,6 +87,7 @@ def deepinv_sampler(
             an operator or a prior that the method cannot take; draws that left the finite numbers.
     """
     check_choice("name", name, TUNING), check_count("n", n)
+    check_generator(generator)
     options = check_tuning(name, tuning)
     package = import_deepinv()
     y = prepare(prior, problem, y)
@@ -319,7 +320,7 @@ def run_sde(package, name, denoiser, forward, y, generator, steps, progress, wei
             fidelity = sampling.MomentMatchingDataFidelity(weight=weight, cg_max_iter=iterations)
     units = {"device": y.device, "dtype": torch.float64, "minus_one_one": False}
     sde = sampling.EDMDiffusionSDE(sigma_t=lambda t: t, variance_exploding=True, **units)
-    solver = sampling.DDIMSolver(timesteps=torch.cat([levels, levels.new_zeros(1)]), eta=eta, rng=generator)
+    solver = sampling.DDIMSolver(timesteps=torch.cat([levels, levels.new_zeros(1)]), eta=eta, rng=generator_on(y.device, generator))
     model = sampling.PosteriorDiffusion(fidelity, denoiser, sde, solver, verbose=progress, **units)
     x = model(y, physics, x_init=(len(y), *denoiser.mean.shape[1:]))
     return denoiser.centre + denoiser.scale * x

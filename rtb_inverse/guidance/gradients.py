@@ -42,7 +42,7 @@ class GradientGuidance(Guide):
     ):  # fmt: skip
         super().__init__()
         self.covariance, self._decode, self._residual = covariance, decode, problem.residual
-        self._roots: dict[float, Tensor] = {}
+        self._roots: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
         self._wide: bool | None = None  # whether float64 is taken, once it is known
         self.iterations, self.clip, self.rounds = iterations, clip, rounds
         self.event_dim = len(problem.shape) if event_dim is None else event_dim
@@ -82,10 +82,11 @@ class GradientGuidance(Guide):
 
     def root(self, t: Tensor, like: Tensor) -> Tensor:
         """B (d, d) with B B^T = C_t at one time, in the dtype of `like`. Kept: a grid has few times."""
-        if float(t) not in self._roots:
+        key = float(t), like.dtype, like.device
+        if key not in self._roots:
             eigenvalues, vectors = torch.linalg.eigh(self.covariance(t))  # type: ignore[misc]  # asked only where it is known
-            self._roots[float(t)] = (vectors * eigenvalues.clamp_min(0).sqrt()).to(like)
-        return self._roots[float(t)].to(like)
+            self._roots[key] = (vectors * eigenvalues.clamp_min(0).sqrt()).to(like)
+        return self._roots[key]
 
     def roots(self, error: Tensor, at: Tensor | None, x: Tensor) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
         """Products with B and B^T for states x (M, *event): B = r element by element where no covariance is known."""

@@ -102,7 +102,7 @@ class CovarianceGuidance(AffineGuide):
         super().__init__(problem, beta)
         self.see(problem, unit)
         self.covariance = covariance
-        self._known: dict[tuple[float, torch.dtype], tuple[Tensor, ...]] = {}
+        self._known: dict[tuple[float, torch.dtype, torch.device], tuple[Tensor, ...]] = {}
 
     def at(self, x_t, t):
         return t
@@ -111,7 +111,7 @@ class CovarianceGuidance(AffineGuide):
         """At one time, of the r = min(m, d) directions of y that x can move: lambda (r,), U^T W (r, m), C_t A^T W U (d, r), and what 1 of
         1 / (lambda + l^2) takes from the variance along the basis (m, r) or of each element (d, r), in units of C_t's diagonal; the
         second and the third in `dtype`. Kept: a grid has few times."""
-        key = float(t), dtype
+        key = float(t), dtype, self.matrix.device
         if key not in self._known:
             C, whiten = self.covariance(t), self.noise_variance.rsqrt()
             A = whiten[:, None] * self.matrix.double()
