@@ -64,10 +64,10 @@ def affine(problem: InverseProblem) -> tuple[Tensor, Tensor]:
 
 def product_by_time(states: Tensor, matrices: list[Tensor], which: Tensor) -> Tensor:
     """Each state (*batch, d) times the matrix (e, d) of its time, `which` (*batch) of them: (*batch, e). One product for all states of one
-    time."""
+    time, for which a GPU is waited for once."""
     if len(matrices) == 1:
         return states @ matrices[0].T
-    out = states.new_empty((*states.shape[:-1], len(matrices[0])))
-    for i, matrix in enumerate(matrices):
-        out[which == i] = states[which == i] @ matrix.T
-    return out
+    flat, of = states.reshape(-1, states.shape[-1]), which.expand(states.shape[:-1]).flatten()
+    order, counts = of.argsort(stable=True), of.bincount(minlength=len(matrices)).tolist()
+    parts = [part @ matrix.T for part, matrix in zip(flat[order].split(counts), matrices, strict=True)]
+    return torch.cat(parts)[order.argsort()].reshape(*states.shape[:-1], -1)
