@@ -310,7 +310,7 @@ def test_in_bf16_mixed_the_networks_alone_are(make_prior, monkeypatch):
     monkeypatch.setattr(type(posterior.guide), "forward", forward)
     for network in (posterior.network.network, prior.network):
         network.register_forward_hook(note)
-    options = {"states": 16, "pool_start": 16, "slots": 4, "draws": 2, "warm_start": 0.5, "bounds": 0}
+    options = {"states": 16, "pool_start": 16, "slots": 4, "draws": 2, "warm_start": 0.5, "bounds": 0, "line_search": False}
     fit(posterior, 3, progress=False, trainer={"precision": "bf16-mixed"}, **options)
     first = seen.index((True, torch.bfloat16))
     assert set(seen[:first]) == {(False, torch.float32)} and set(seen[first:]) == {(True, torch.bfloat16)} and prior.autocast is None
