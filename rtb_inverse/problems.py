@@ -2,7 +2,8 @@ r"""Measurement models y = A(x) + noise, as normalised likelihoods p(y | x), so 
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,6 +34,24 @@ class MatrixOperator(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x.flatten(1) @ self.matrix.to(x.dtype).T
+
+
+@contextmanager
+def full_products() -> Iterator[None]:
+    """Within it a GPU's convolutions and matrix products are those of float32, not of TF32."""
+    if not hasattr(torch.backends.cudnn, "conv"):  # torch below 2.9
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            yield
+        return
+    parts: list[Any] = [torch.backends.cudnn.conv, torch.backends.cuda.matmul]
+    was = [part.fp32_precision for part in parts]
+    try:
+        for part in parts:
+            part.fp32_precision = "ieee"
+        yield
+    finally:
+        for part, precision in zip(parts, was, strict=True):
+            part.fp32_precision = precision
 
 
 class InverseProblem(nn.Module):
@@ -180,7 +199,7 @@ class InverseProblem(nn.Module):
         u = torch.cat([x, x + spread * noise])
         v, d = u.roll(1, 0), u.roll(2, 0) - u.roll(3, 0)
         try:
-            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            with full_products():
                 here, moved, back = self._measured(torch.cat([u, u + d, v - d])).chunk(3)
         except Exception as error:
             hint = "it is taken for one that is not affine; linear=True says that it is"

@@ -1,5 +1,8 @@
 """Likelihoods against scipy, shapes against loops, and guidance against the textbook Gaussian conditional."""
 
+import subprocess
+import sys
+
 import pytest
 import scipy.stats
 import torch
@@ -497,13 +500,22 @@ def test_an_operator_that_mixes_the_batch(operator):
         Reward(lambda x: operator(x).sum(1), (4,))
 
 
-def test_an_operator_is_asked_whether_it_is_affine_at_full_precision():
-    """A GPU's convolutions round to three digits (TF32), which no affine operator would pass."""
-    was, seen = torch.backends.cudnn.allow_tf32, []
-
-    def operator(x):
-        seen.append(torch.backends.cudnn.allow_tf32)
-        return 2 * x
-
-    assert InverseProblem(operator, GaussianNoise(0.1), (4,)).linear
-    assert seen.count(False) == 1 and torch.backends.cudnn.allow_tf32 == was
+@pytest.mark.parametrize("setting", ["legacy", "new", "default"])
+def test_an_operator_is_asked_whether_it_is_affine_at_full_precision(setting):
+    """A GPU's convolutions round to three digits (TF32), which no affine operator would pass; the user's setting is left as it was."""
+    code = """if True:
+        import torch
+        from rtb_inverse import GaussianNoise, InverseProblem
+        conv, seen = torch.backends.cudnn.conv, []
+        match "SETTING":
+            case "legacy":
+                torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+            case "new":
+                torch.backends.fp32_precision = "tf32"
+        def settings():
+            return conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+        was = settings()
+        problem = InverseProblem(lambda x: (seen.append(settings()), 2 * x)[1], GaussianNoise(0.1), (4,))
+        assert problem.linear and settings() == was != ("ieee", "ieee") and seen.count(("ieee", "ieee")) == 1, (was, seen)
+    """
+    subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code.replace("SETTING", setting)], check=True, timeout=300)
