@@ -22,10 +22,10 @@ from rtb_inverse.checkpoints import (
 )  # fmt: skip
 from rtb_inverse.checks import check_count, check_tensor
 from rtb_inverse.denoiser_error import DenoiserError
+from rtb_inverse.networks import outputs
 from rtb_inverse.schedules import Schedule, schedule_from_config
 
 MODELS = {"UNet2DModel": UNet2DModel, "UNet1DModel": UNet1DModel}
-AT_ONCE = 2**18  # elements of states in one call of a network: some 300 MB for a small U-Net, and no slower than more
 EXAMPLES = 512  # on which the denoiser's error is measured
 AUTOENCODER_FOLDERS = ("vae", "vqvae")
 
@@ -124,14 +124,11 @@ class DiffusersPrior(Prior):
         return self.schedule.to_x_0(self.predict(self.network, x_t, t), x_t, t)
 
     def predict(self, network: nn.Module, x_t: Tensor, t: Tensor) -> Tensor:
-        """Call a diffusers network on states (*batch, C, *size); returns its output in the same batch shape and their dtype. Without
-        gradients at most `AT_ONCE` elements at a time, which bounds the memory of roll-outs, however many."""
+        """Call a diffusers network on states (*batch, C, *size); returns its output in the same batch shape and their dtype."""
         batch = x_t.shape[: -len(self.shape)]
         time = self.schedule.network_time(t).to(x_t.device, x_t.dtype).expand(batch).flatten()
-        most = len(time) if torch.is_grad_enabled() else max(1, AT_ONCE // self.shape.numel())
-        parts = zip(x_t.reshape(-1, *x_t.shape[len(batch) :]).split(most), time.split(most), strict=True)
         with nullcontext() if self.autocast is None else torch.autocast(x_t.device.type, self.autocast):
-            output = torch.cat([network(x, t).sample for x, t in parts])
+            output = outputs(network, x_t.reshape(-1, *x_t.shape[len(batch) :]), time)
         return output.reshape(*batch, *output.shape[1:]).to(x_t.dtype)
 
     def denoiser_error(self, t):

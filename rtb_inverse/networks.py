@@ -17,7 +17,15 @@ from rtb_inverse.chains import Prior
 from rtb_inverse.guidance.base import product_by_time
 from rtb_inverse.schedules import expand
 
+AT_ONCE = 2**18  # elements of states in one call of a network: some 300 MB for a small U-Net, and no slower than more
 RANK = 256  # of the directions in which a head corrects estimates
+
+
+def outputs(network: nn.Module, x: Tensor, time: Tensor) -> Tensor:
+    """Of a diffusers network on states (M, *size) at times (M,): without gradients at most `AT_ONCE` elements at a time, which bounds the
+    memory, however many."""
+    most = len(x) if torch.is_grad_enabled() else max(1, AT_ONCE // x.shape[1:].numel())
+    return torch.cat([network(*part).sample for part in zip(x.split(most), time.split(most), strict=True)])
 
 
 def zero(module: nn.Module) -> nn.Module:

@@ -16,6 +16,7 @@ from rtb_inverse.checkpoints import ERROR_FILE, WEIGHTS, load_into, load_weights
 from rtb_inverse.checks import check_count, check_positive, check_tensor, check_writable
 from rtb_inverse.denoiser_error import DenoiserError
 from rtb_inverse.distributions import global_state_from
+from rtb_inverse.networks import outputs
 from rtb_inverse.randomness import generator_on, standard_normal
 from rtb_inverse.schedules import schedule_from_config
 
@@ -27,9 +28,6 @@ def generator_of_step(module: LightningModule, seed: int = 0) -> torch.Generator
     the same result."""
     number = module.trainer.fit_loop.total_batch_idx * module.trainer.world_size + module.global_rank
     return torch.Generator(module.device).manual_seed(ODD * seed + number)  # of which a CPU takes the lowest 32 bits
-
-
-AT_ONCE = 2**18  # elements of states in one call of the network without gradients
 
 
 class PriorTraining(LightningModule):
@@ -148,10 +146,8 @@ class PriorTraining(LightningModule):
         return measure(_Draft(self, measure(x_0)).sample(len(x_0), generator))
 
     def denoise(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """The estimate of x_0, without gradients a few states at once."""
-        time, most = self.schedule.network_time(t).to(x_t.device, x_t.dtype).expand(len(x_t)), max(1, AT_ONCE // x_t[0].numel())
-        parts = [(x_t, time)] if torch.is_grad_enabled() else zip(x_t.split(most), time.split(most), strict=True)
-        return self.schedule.to_x_0(torch.cat([self.network(x, t).sample for x, t in parts]), x_t, t)
+        time = self.schedule.network_time(t).to(x_t.device, x_t.dtype).expand(len(x_t))
+        return self.schedule.to_x_0(outputs(self.network, x_t, time), x_t, t)
 
     def held_out(self) -> Tensor:
         """Clean examples of the first validation batch, repeated to at least `error_draws` (each gets its own noise)."""

@@ -36,7 +36,7 @@ exact = LinearProblem(GaussianPrior.process(o.size, length_scale=3.0), Lensing((
 prior, problem, of = exact.prior, exact.problem, exact.problem.config
 x, others = torch.cat([1.5 * (galaxies(8, g, o.size)[6:7] + 1), prior.sample(o.observations, g)]), prior.sample(2, g)
 y, of_others, posterior = problem.simulate(x, g), problem.simulate(others, g), Posterior(prior, problem)
-known, std = exact.posterior(y), exact.posterior(y).covariance.diagonal().sqrt().reshape(x[0].shape).float()
+std = (known := exact.posterior(y)).covariance.diagonal().sqrt().reshape(x[0].shape).float()
 best = tuned(dps, prior, problem, others, of_others, [{"zeta": zeta} for zeta in o.zeta], 8, g, progress=True)
 for name, sample in {"posterior": partial(importance, posterior), "DPS": partial(dps, prior, problem, **best)}.items():
     start, draws = time.perf_counter(), sample(y, n, g, progress=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from jsonargparse import ArgumentParser
 
-from priors import DiffusersPrior, DigitGenerator, GaussianPrior, GeneratorPrior, MNISTClassifier, diffusers_prior, held_out_digits
+from priors import DiffusersPrior, DigitGenerator, GaussianPrior, GeneratorPrior, MNISTClassifier, held_out_digits
 from rtb_inverse import (
     GaussianNoise,
     InverseProblem,
@@ -14,6 +14,7 @@ from rtb_inverse import (
     Reward,
     evaluate,
     importance,
+    networks,
     objectives,
     refine,
     renoise_mcmc,
@@ -66,7 +67,7 @@ def test_a_network_sees_no_more_states_at_once_than_fit(monkeypatch, generator):
     prior.network.register_forward_pre_hook(lambda _, arguments: seen.append(len(arguments[0])))
     with torch.no_grad():
         whole = prior.denoise(x, prior.times[:1])
-        monkeypatch.setattr(diffusers_prior, "AT_ONCE", 640)
+        monkeypatch.setattr(networks, "AT_ONCE", 640)
         torch.testing.assert_close(prior.denoise(x, prior.times[:1]), whole, rtol=1e-5, atol=1e-5)
     prior.denoise(x, prior.times[:1])
     assert seen == [48, 10, 10, 10, 10, 8, 48]

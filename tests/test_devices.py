@@ -53,9 +53,10 @@ IMAGE = (1, 8, 8)
 
 
 def classifier():
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Flatten(), nn.Linear(64, 5))
+    layer, generator = torch.nn.utils.skip_init(nn.Linear, 64, 5), torch.Generator().manual_seed(0)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.1, generator=generator)
+    return nn.Sequential(nn.Flatten(), layer)
 
 
 ON_IMAGES = {
@@ -277,16 +278,15 @@ def test_what_a_prior_measures(make_prior, elsewhere, generator):
 
 
 MADE = {
-    "box": lambda: Inpainting(IMAGE), "random mask": lambda: Inpainting(IMAGE, "random", seed=1),
-    "scratches": lambda: Inpainting(IMAGE, "scratches", hidden=0.3), "motion": lambda: Deblurring(IMAGE, "motion", size=7, seed=1),
-    "gaussian": lambda: CompressedSensing(IMAGE), "hadamard": lambda: CompressedSensing(IMAGE, "hadamard"),
-    "fourier": lambda: CompressedSensing(IMAGE, "fourier"), "gmm": lambda: exact_problem("gmm10").problem,
-}  # fmt: skip
+    "box": lambda: Inpainting(IMAGE),
+    "random mask": lambda: Inpainting(IMAGE, "random", seed=1),
+    "gmm": lambda: exact_problem("gmm10").problem,
+}
 
 
 @pytest.mark.parametrize("name", MADE)
 def test_made_where_another_device_is_the_default(name, elsewhere, generator):
-    """`torch.set_default_device` changes where a problem lies, not what it is."""
+    """`torch.set_default_device` changes where a problem lies, not what it is: as of other tasks with their tests, of what these lack."""
     here = MADE[name]()
     with elsewhere:
         there = MADE[name]()
